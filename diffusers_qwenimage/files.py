@@ -48,7 +48,7 @@ DTYPE_BITS = {
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path with the suffix of `path`; on success it replaces `path`, on error it is removed.
+    """Yield a temporary path with the suffix of `path`; renamed to `path` on success, removed on error.
 
     A symbolic link is followed: its target is replaced and the link stays. Parent folders are created.
     """
@@ -139,7 +139,8 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     if header.file_size != size:
         problem = "truncated" if header.file_size > size else "longer than its header says"
         raise ValueError(
-            f"{path} is {problem}: {size:,} bytes, but its header describes {header.file_size:,}. Fetch it again."
+            f"{path} is {problem}: {size:,} bytes, but its header describes {header.file_size:,}. "
+            "Fetch it again."
         )
     return header
 
