@@ -206,8 +206,9 @@ class RMSNorm(stock.QwenImageRMS_norm):
         if x.ndim == 5:
             video: Tensor = super().forward(x)
             return video
-        normalized: Tensor = F.normalize(_at_least_float32(x), dim=1).to(x.dtype) * self.scale
-        return normalized * self.gamma.view(-1, 1, 1)
+        normalized = F.normalize(_at_least_float32(x), dim=1).to(x.dtype)
+        scaled: Tensor = normalized * self.scale * self.gamma.view(-1, 1, 1)
+        return scaled
 
 
 class AttentionBlock(stock.QwenImageAttentionBlock):
