@@ -1,0 +1,228 @@
+"""The denoising loop: one for every member of the Qwen-Image family.
+
+Every task is the same walk from noise to a picture with a few optional conditions, named by what they do:
+
+| task | reference | keep | control | start |
+|---|---|---|---|---|
+| text-to-image | | | | noise |
+| image-to-image | | | | picture mixed with noise, later sigma |
+| inpaint | | yes | | mixed |
+| edit, edit-plus (n images) | yes | | | noise |
+| edit-inpaint | yes | yes | | mixed |
+| layered | yes | | | noise for layers + 1 pictures |
+| controlnet, controlnet-inpaint | | | yes | noise |
+
+reference: clean tokens appended to the picture's. keep: a region imposed after each step. control: residuals
+added to the blocks.
+
+Flow matching (arXiv 2210.02747): the latents at sigma are (1 - sigma) picture + sigma noise, the
+model predicts the velocity noise - picture, and a step follows it to the next sigma.
+
+Shapes: B pictures, L image tokens, C = 4 z channels of a token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import Tensor
+
+from .prompt import pad
+from .rotary import ImageShape
+from .transformer import QwenImageTransformer2DModel
+
+PromptEmbeds = Sequence[Tensor]  # one tensor [T_i, joint_attention_dim] per picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRegion:
+    """Inpainting: after each step, `clean` at the current noise level replaces what the mask protects.
+
+    Attributes:
+        mask: [B, L, C], 1 where the picture may change, 0 where it is kept.
+        clean: [B, L, C], the packed latents to keep.
+        noise: [B, L, C], the noise that the loop started from.
+    """
+
+    mask: Tensor
+    clean: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """ControlNet: a model that turns a control picture into residuals of the blocks.
+
+    Attributes:
+        model: a QwenImageControlNetModel.
+        condition: its packed control latents [B, L, channels].
+        scales: strength at each step; 0 outside of the range where it acts.
+    """
+
+    model: torch.nn.Module
+    condition: Tensor
+    scales: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseInputs:
+    """Everything that the loop needs; what `prepare` functions return.
+
+    Attributes:
+        latents: where to start, [B, L, C].
+        timesteps: of the scheduler, falling, [S].
+        prompt: text embeddings, one [T_i, joint_attention_dim] per picture, without padding.
+        image_shapes: (1, rows, columns) of the picture, then of each reference.
+        negative: text embeddings to guide away from; None switches guidance off.
+        guidance_scale: how far to guide; 1 is no guidance.
+        rescale_guidance: give the guided velocity of each token the length of the conditional one.
+        reference: clean packed latents appended to the picture's tokens, [B, tokens, C].
+        keep: region to keep.
+        control: block residuals.
+        additional_t_cond: [B], see the transformer.
+        attention_kwargs: see the transformer.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    prompt: PromptEmbeds
+    image_shapes: Sequence[ImageShape]
+    negative: PromptEmbeds | None = None
+    guidance_scale: float = 1.0
+    rescale_guidance: bool = True
+    reference: Tensor | None = None
+    keep: KeepRegion | None = None
+    control: Control | None = None
+    additional_t_cond: Tensor | None = None
+    attention_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+# Called after each step with (index, timestep, latents, prompt); returns the last two, changed or not.
+OnStep = Callable[[int, Tensor, Tensor, PromptEmbeds], tuple[Tensor, PromptEmbeds]]
+
+
+@torch.no_grad()
+def denoise(
+    transformer: Any,
+    scheduler: Any,
+    inputs: DenoiseInputs,
+    *,
+    on_step: OnStep | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Walk the latents down the schedule and return them, [B, L, C].
+
+    Args:
+        transformer: the package's transformer, or diffusers' own.
+        scheduler: a flow-matching scheduler whose timesteps are set (`schedule.set_timesteps`).
+        inputs: where to start and what to condition on.
+        on_step: see `OnStep`.
+        interrupted: asked before each step; True ends the loop with the latents as they are.
+    """
+    predict = _predictor(transformer, inputs)
+    latents, prompt = inputs.latents, inputs.prompt
+    for index, timestep in enumerate(inputs.timesteps):
+        if interrupted():
+            break
+        velocity = predict(index, latents, prompt)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        if inputs.keep is not None:
+            latents = _impose(scheduler, inputs.keep, inputs.timesteps[index + 1 : index + 2], latents)
+        if on_step is not None:
+            latents, prompt = on_step(index, timestep, latents, prompt)
+    return latents
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, *, rescale: bool = True) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598).
+
+    `rescale` gives each token's velocity the norm of the conditional one, as Qwen-Image is sampled.
+    """
+    guided = unconditional + scale * (conditional - unconditional)
+    if not rescale:
+        return guided
+    norm = torch.norm(conditional, dim=-1, keepdim=True)
+    rescaled: Tensor = guided * (norm / torch.norm(guided, dim=-1, keepdim=True))
+    return rescaled
+
+
+def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor, PromptEmbeds], Tensor]:
+    """A function (index, latents, prompt) -> guided velocity [B, L, C], for this model and these inputs."""
+    model = transformer._orig_mod if is_compiled_module(transformer) else transformer
+    ours = isinstance(model, QwenImageTransformer2DModel)
+    dtype = inputs.latents.dtype
+    sigmas = inputs.timesteps.to(dtype) / 1000
+    kind = inputs.additional_t_cond
+    table = None
+    if ours and model.modulation_is_offloaded:
+        one_kind = None if kind is None else kind[:1]
+        table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
+
+    def call(index: int, tokens: Tensor, text: PromptEmbeds, residuals: Sequence[Tensor] | None) -> Tensor:
+        copies = len(text) // tokens.shape[0]  # 2 if both branches of the guidance go together
+        embeds, mask = (list(text), None) if ours else pad(text)
+        velocity: Tensor = transformer(
+            hidden_states=_repeat(tokens, copies),
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            timestep=sigmas[index].expand(len(text)),
+            img_shapes=[list(inputs.image_shapes)] * len(text),
+            controlnet_block_samples=residuals and [_repeat(residual, copies) for residual in residuals],
+            additional_t_cond=None if kind is None else _repeat(kind, copies),
+            attention_kwargs=dict(inputs.attention_kwargs),
+            return_dict=False,
+            **({} if table is None else {"modulation": table.at(index)}),
+        )[0]
+        return velocity[:, : inputs.latents.shape[1]]
+
+    def predict(index: int, latents: Tensor, prompt: PromptEmbeds) -> Tensor:
+        residuals = _residuals(inputs, index, sigmas[index], latents, prompt)
+        tokens = latents if inputs.reference is None else torch.cat([latents, inputs.reference], dim=1)
+        if inputs.negative is not None and ours and not model.is_cache_enabled:
+            # Both branches in one pass: every weight is read once per step.
+            together = call(index, tokens, [*prompt, *inputs.negative], residuals)
+            conditional, unconditional = together.chunk(2)
+        else:
+            with transformer.cache_context("cond"):
+                conditional = call(index, tokens, prompt, residuals)
+            if inputs.negative is None:
+                return conditional
+            with transformer.cache_context("uncond"):  # a step cache decides for each branch
+                unconditional = call(index, tokens, inputs.negative, residuals)
+        return guide(conditional, unconditional, inputs.guidance_scale, rescale=inputs.rescale_guidance)
+
+    return predict
+
+
+def _residuals(
+    inputs: DenoiseInputs, index: int, sigma: Tensor, latents: Tensor, prompt: PromptEmbeds
+) -> Sequence[Tensor] | None:
+    """The ControlNet's block residuals; both branches of the guidance use those of the positive prompt."""
+    if inputs.control is None:
+        return None
+    embeds, mask = pad(prompt)
+    residuals: Sequence[Tensor] = inputs.control.model(
+        hidden_states=latents,
+        controlnet_cond=inputs.control.condition,
+        conditioning_scale=inputs.control.scales[index],
+        timestep=sigma.expand(latents.shape[0]),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[list(inputs.image_shapes)] * latents.shape[0],
+        return_dict=False,
+    )
+    return residuals
+
+
+def _repeat(tensor: Tensor, copies: int) -> Tensor:
+    return tensor if copies == 1 else torch.cat([tensor] * copies)
+
+
+def _impose(scheduler: Any, keep: KeepRegion, next_timestep: Tensor, latents: Tensor) -> Tensor:
+    """Put the kept region back, noised to the next timestep (not at all after the last step)."""
+    clean = keep.clean
+    if len(next_timestep):
+        clean = scheduler.scale_noise(clean, next_timestep, keep.noise)
+    return (1 - keep.mask) * clean + keep.mask * latents

@@ -1,0 +1,367 @@
+"""What all pipelines share: components, saving under diffusers' names, text, and running the loop.
+
+A pipeline's `__call__` checks its arguments, has `prepare_...` make `DenoiseInputs`, and calls `_run`.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import QwenImageLoraLoaderMixin
+from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from diffusers_qwenimage import latents as packing
+from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
+from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder, pad, unpad
+from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
+from diffusers_qwenimage.vae import AutoencoderKLQwenImage
+
+from .text import Text, check_text, guidance_is_on, join_negative
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Components that are loaded as our classes but recorded, and saved, under diffusers' names.
+OUR_CLASSES = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}
+CallbackOnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraLoaderMixin):
+    """Base of the pipelines.
+
+    Args:
+        scheduler: a flow-matching scheduler.
+        vae: pictures to latents and back.
+        text_encoder: Qwen2.5-VL.
+        tokenizer: its tokenizer.
+        transformer: the denoiser; diffusers' class works too, without packing.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLQwenImage,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        transformer: QwenImageTransformer2DModel,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self.vae_scale_factor = 2 ** len(vae.config.temperal_downsample) if vae is not None else 8
+        self.latent_channels = vae.config.z_dim if vae is not None else 16
+        side = self.vae_scale_factor * packing.PATCH
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=side, vae_latent_channels=self.latent_channels
+        )
+        self.default_sample_size = 128  # latent pixels: 1024 picture pixels
+        self.prompt_template_encode = TEXT_TO_IMAGE.text
+        self.prompt_template_encode_start_idx = TEXT_TO_IMAGE.prefix_tokens
+        self.tokenizer_max_length = MAX_PROMPT_TOKENS
+        self._prompt_encoder = PromptEncoder()
+        self._interrupt = False
+        self._guidance_scale: float | None = None
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+
+    # --- loading and saving: our classes in memory, diffusers' names on disk ---
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read model_index.json and have our classes load the components that it names by diffusers' names."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for component, name in OUR_CLASSES.items():
+            if tuple(config.get(component) or ()) == ("diffusers", name):
+                config[component] = ["diffusers_qwenimage", name]
+        return loaded
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Record components; ours under diffusers' names, so that stock diffusers loads what is saved."""
+        for component, name in OUR_CLASSES.items():
+            entry = kwargs.get(component)
+            if entry and entry[1] == name:
+                kwargs[component] = ("diffusers", name)
+        super().register_to_config(**kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Another pipeline over the same components, ours or diffusers'; components can be replaced by name.
+
+        Types are left as they are unless `dtype` (or `torch_dtype`) is given; diffusers casts everything to
+        fp32 here, also the modules that the other pipeline goes on using.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        names = cls._get_signature_keys(cls)[0]
+        components = {name: kwargs.pop(name, pipeline.components.get(name)) for name in sorted(names)}
+        if kwargs:
+            raise ValueError(f"{cls.__name__}.from_pipe does not take {', '.join(sorted(kwargs))}.")
+        missing = [
+            name for name in components if name not in pipeline.components and components[name] is None
+        ]
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {', '.join(missing)}; pass it as an argument."
+            )
+        new = cls(**components)
+        if name_or_path := pipeline.config.get("_name_or_path"):
+            new.register_to_config(_name_or_path=name_or_path)
+        return new if dtype is None else new.to(dtype=dtype)
+
+    # --- text ---
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = MAX_PROMPT_TOKENS,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text embeddings [prompts * num_images_per_prompt, T, width] and their mask, None if all are text.
+
+        Args:
+            prompt: one or more prompts, if no embeddings are given.
+            device: where to encode.
+            num_images_per_prompt: copies of each prompt, next to each other.
+            prompt_embeds: embeddings made before, [prompts, T, width].
+            prompt_embeds_mask: [prompts, T].
+            max_sequence_length: tokens kept of each prompt.
+        """
+        embeds = self._embed(prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length, device)
+        return pad([sample for sample in embeds for _ in range(num_images_per_prompt)])
+
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of earlier prompts (the last 64 are kept)."""
+        self._prompt_encoder.clear()
+
+    def _encode_text(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        true_cfg_scale: float,
+        prompt_embeds: Tensor | None,
+        prompt_embeds_mask: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_prompt_embeds_mask: Tensor | None,
+        *,
+        num_images_per_prompt: int,
+        max_sequence_length: int,
+    ) -> Text:
+        """Check and encode both prompts; guidance needs a negative prompt and a scale above 1."""
+        check_text("prompt", prompt, prompt_embeds, prompt_embeds_mask, required=True)
+        check_text(
+            "negative_prompt",
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            required=False,
+        )
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        if not 1 <= max_sequence_length <= MAX_PROMPT_TOKENS:
+            raise ValueError(
+                f"max_sequence_length must be between 1 and {MAX_PROMPT_TOKENS}, got {max_sequence_length}."
+            )
+        positive = self._embed(prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length)
+        negative = None
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        if guidance_is_on(true_cfg_scale, has_negative):
+            embeds = self._embed(
+                negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask, max_sequence_length
+            )
+            negative = join_negative(embeds, len(positive))
+        return Text(
+            prompt=[sample for sample in positive for _ in range(num_images_per_prompt)],
+            negative=None
+            if negative is None
+            else [sample for sample in negative for _ in range(num_images_per_prompt)],
+            guidance_scale=true_cfg_scale,
+            num_prompts=len(positive),
+        )
+
+    def _embed(
+        self,
+        prompt: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        max_sequence_length: int,
+        device: torch.device | None = None,
+    ) -> list[Tensor]:
+        device = device or self._execution_device
+        if embeds is not None:
+            samples = unpad(embeds.to(device), None if mask is None else mask.to(device))
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+            samples = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, prompts, device=device)
+        longest = max(sample.shape[0] for sample in samples)
+        if longest > max_sequence_length:
+            logger.warning(
+                "A prompt has %d tokens; the last %d are cut off (max_sequence_length=%d).",
+                longest,
+                longest - max_sequence_length,
+                max_sequence_length,
+            )
+        return [sample[:max_sequence_length] for sample in samples]
+
+    # --- running ---
+
+    def _begin(
+        self,
+        height: int | None,
+        width: int | None,
+        guidance_scale: float | None,
+        attention_kwargs: dict[str, Any] | None,
+        output_type: str,
+        callback_tensor_inputs: Sequence[str],
+    ) -> tuple[int, int]:
+        """Check what does not depend on the task, reset the state, and return rows and columns of tokens."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can name {self._callback_tensor_inputs}, got {unknown}."
+            )
+        if self.transformer.config.guidance_embeds:
+            raise ValueError("This transformer is guidance-distilled, which no Qwen-Image model is.")
+        if guidance_scale is not None:
+            logger.warning("guidance_scale has no effect on this model; use true_cfg_scale.")
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs or {}
+        self._interrupt = False
+        self._current_timestep = None
+        return self._token_grid(height, width)
+
+    def _token_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        default = self.default_sample_size * self.vae_scale_factor
+        height, width = default if height is None else height, default if width is None else width
+        rows, columns = packing.token_grid(self.vae_scale_factor, height, width)
+        side = self.vae_scale_factor * packing.PATCH
+        if rows < 1 or columns < 1:
+            raise ValueError(f"height and width must be at least {side}, got {height} and {width}.")
+        if (rows * side, columns * side) != (height, width):
+            logger.warning(
+                "height and width must be multiples of %d: %dx%d becomes %dx%d.",
+                side,
+                width,
+                height,
+                columns * side,
+                rows * side,
+            )
+        return rows, columns
+
+    def _run(
+        self,
+        inputs: DenoiseInputs,
+        *,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: CallbackOnStepEnd | None,
+        callback_tensor_inputs: Sequence[str],
+        finish: Callable[[Any], Any] = lambda pictures: pictures,
+    ) -> QwenImagePipelineOutput | tuple[Any]:
+        """Denoise, decode, and give back pictures as asked; `finish` may change them."""
+        self._num_timesteps = len(inputs.timesteps)
+        try:
+            with self.progress_bar(total=len(inputs.timesteps)) as progress:
+                final = denoise(
+                    self.transformer,
+                    self.scheduler,
+                    inputs,
+                    on_step=self._observer(progress, callback_on_step_end, callback_tensor_inputs),
+                    interrupted=lambda: self._interrupt,
+                )
+            if not torch.isfinite(final).all():
+                logger.warning("The latents hold NaN or infinite values; the pictures will be broken.")
+            pictures = final if output_type == "latent" else self._decode(final, inputs, output_type)
+        finally:
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
+        pictures = finish(pictures)
+        return QwenImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _decode(self, latents: Tensor, inputs: DenoiseInputs, output_type: str) -> Any:
+        _, rows, columns = inputs.image_shapes[0]
+        pixels = packing.decode(self.vae, latents, rows, columns)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _observer(
+        self, progress: Any, callback: CallbackOnStepEnd | None, tensor_inputs: Sequence[str]
+    ) -> OnStep:
+        """What happens after each step: the user's callback, then the progress bar."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
+
+        def on_step(
+            index: int, timestep: Tensor, latents: Tensor, prompt: PromptEmbeds
+        ) -> tuple[Tensor, PromptEmbeds]:
+            self._current_timestep = timestep
+            if callback is not None:
+                embeds, mask = pad(prompt)
+                tensors = {"latents": latents, "prompt_embeds": embeds}
+                changed = callback(self, index, timestep, {name: tensors[name] for name in tensor_inputs})
+                latents = changed.pop("latents", latents)
+                new_embeds = changed.pop("prompt_embeds", embeds)
+                if new_embeds is not embeds:
+                    same_shape = mask is not None and new_embeds.shape[:2] == mask.shape
+                    prompt = unpad(new_embeds, mask if same_shape else None)
+            progress.update()
+            return latents, prompt
+
+        return on_step
+
+    # --- what diffusers' users and tools read ---
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The value of the last call; without effect, see true_cfg_scale."""
+        return self._guidance_scale
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """The value of the last call."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Timestep of the step that ended last; None when idle."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to end the loop after the step."""
+        return self._interrupt
+
+    @staticmethod
+    def _pack_latents(
+        latents: Tensor, batch_size: int, num_channels_latents: int, height: int, width: int
+    ) -> Tensor:
+        """diffusers' spelling of `latents.pack`, which training scripts call; sizes in latent pixels."""
+        return packing.pack(latents.reshape(batch_size, num_channels_latents, height, width))
+
+    @staticmethod
+    def _unpack_latents(latents: Tensor, height: int, width: int, vae_scale_factor: int) -> Tensor:
+        """diffusers' spelling of `latents.unpack`; sizes in picture pixels."""
+        return packing.unpack(latents, *packing.token_grid(vae_scale_factor, int(height), int(width)))
