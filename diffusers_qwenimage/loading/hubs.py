@@ -1,0 +1,208 @@
+"""The two model hubs behind one small interface: what is cached, what there is, fetch it.
+
+Every failure of a client (httpx, requests, the hubs' own exceptions, some of which are no `OSError`) becomes
+a `DownloadError` of one sentence.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, Protocol
+
+Hub = Literal["huggingface", "modelscope"]
+
+STATUS_ADVICE = {
+    401: "it asks for a login (HTTP 401): check the id, and log in if the model is private",
+    403: "access is denied (HTTP 403): accept the model's terms on its page and log in",
+    404: "there is no such model, revision or file (HTTP 404): check the id",
+    429: "it limits requests (HTTP 429): wait a while and try again",
+}
+
+
+class DownloadError(OSError):
+    """A model could not be fetched; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file of a repository: path within it, bytes, and SHA-256 where the hub states one."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+class HubClient(Protocol):
+    """What is asked of a hub. `revision` None is its main branch."""
+
+    def cached(self, model_id: str, revision: str | None) -> Path | None:
+        """The folder of the snapshot in the client's cache, if any; no request, perhaps not complete."""
+
+    def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        """All files of the repository."""
+
+    def download(
+        self,
+        model_id: str,
+        files: Sequence[RemoteFile],
+        *,
+        folder: Path | None,
+        revision: str | None,
+        again: bool,
+    ) -> Path:
+        """Fetch files into `folder` (None: the client's cache), also over existing ones if `again`.
+
+        Returns the folder that holds them under their paths.
+        """
+
+
+class HuggingFace:
+    """Hugging Face Hub, by huggingface_hub."""
+
+    def cached(self, model_id: str, revision: str | None) -> Path | None:
+        from huggingface_hub import constants
+
+        root = Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}"
+        reference = root / "refs" / (revision or constants.DEFAULT_REVISION)
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        snapshot = root / "snapshots" / commit if commit else None
+        return snapshot if snapshot is not None and snapshot.is_dir() else None
+
+    def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        with _explained("Hugging Face", model_id):
+            tree = list(HfApi().list_repo_tree(model_id, recursive=True, revision=revision))
+        return [
+            RemoteFile(
+                path=_checked(entry.path, model_id),
+                size=entry.size,
+                sha256=entry.lfs.sha256 if entry.lfs else None,
+            )
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        ]
+
+    def download(
+        self,
+        model_id: str,
+        files: Sequence[RemoteFile],
+        *,
+        folder: Path | None,
+        revision: str | None,
+        again: bool,
+    ) -> Path:
+        from huggingface_hub import snapshot_download
+
+        with _explained("Hugging Face", model_id):
+            path = snapshot_download(
+                model_id,
+                revision=revision,
+                local_dir=folder,
+                allow_patterns=[file.path for file in files],
+                force_download=again,
+            )
+        return Path(path)
+
+
+class ModelScope:
+    """ModelScope, by modelscope_hub."""
+
+    def cached(self, model_id: str, revision: str | None) -> Path | None:
+        from modelscope_hub import HubApi
+        from modelscope_hub.errors import CacheError
+
+        try:
+            return HubApi().download_repo(model_id, "model", revision=revision, local_files_only=True)
+        except CacheError:
+            return None
+
+    def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        from modelscope_hub import HubApi
+
+        with _explained("ModelScope", model_id):
+            entries = HubApi().list_repo_files(model_id, "model", revision=revision)
+        return [
+            RemoteFile(path=_checked(entry.path, model_id), size=entry.size, sha256=entry.sha256)
+            for entry in entries
+            if not entry.is_dir
+        ]
+
+    def download(
+        self,
+        model_id: str,
+        files: Sequence[RemoteFile],
+        *,
+        folder: Path | None,
+        revision: str | None,
+        again: bool,
+    ) -> Path:
+        from modelscope_hub import HubApi
+
+        # `again` needs nothing here: the client compares existing files with the hub's SHA-256.
+        with _explained("ModelScope", model_id):
+            return HubApi().download_repo(
+                model_id,
+                "model",
+                revision=revision,
+                local_dir=folder,
+                allow_patterns=[file.path for file in files],
+            )
+
+
+HUBS: dict[Hub, HubClient] = {"huggingface": HuggingFace(), "modelscope": ModelScope()}
+
+
+def _checked(path: str, model_id: str) -> str:
+    """A path from a listing; it must stay within the repository."""
+    if path.startswith("/") or "\\" in path or ".." in path.split("/"):
+        raise DownloadError(
+            f"{model_id} lists the file {path!r}, which lies outside of it; nothing was fetched."
+        )
+    return path
+
+
+@contextmanager
+def _explained(hub: str, model_id: str) -> Iterator[None]:
+    try:
+        yield
+    except DownloadError:
+        raise
+    except _client_errors() as error:
+        raise DownloadError(f"{model_id} could not be fetched from {hub}: {_reason(error)}.") from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Everything the clients raise for a failed transfer. Programming errors are not among it."""
+    from huggingface_hub import errors
+    from modelscope_hub.errors import HubError
+
+    names = ("EntryNotFoundError", "RevisionResolutionError", "XetDownloadError")
+    found = [getattr(errors, name) for name in names if hasattr(errors, name)]
+    for package in ("httpx", "httpx2"):  # huggingface_hub 1 uses the one, 2 the other
+        if importlib.util.find_spec(package):
+            found.append(import_module(package).HTTPError)
+    return (OSError, HubError, *found)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: advice for a known HTTP status, else the first line of the innermost message."""
+    status = None
+    link: BaseException | None = error
+    last = error
+    while link is not None:
+        response = getattr(link, "response", None)
+        status = status or getattr(response, "status_code", None) or getattr(link, "status_code", None)
+        last, link = link, link.__cause__ or link.__context__
+    if status in STATUS_ADVICE:
+        return STATUS_ADVICE[status]
+    if isinstance(status, int) and status >= 500:
+        return f"the server fails (HTTP {status}): try again later"
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if last is not error:
+        text += f" ({type(last).__name__}: {(str(last).splitlines() or [''])[0]})"
+    return f"{text}. Check the network, or give local files"
