@@ -310,12 +310,14 @@ def _notes(modules: list[Module], updates: list[LoraUpdate], rules: ScaleRules) 
 
 def _reader(path: Path, data_start: int, entry: TensorEntry) -> Callable[[], Tensor]:
     def load() -> Tensor:
-        data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        if entry.end == entry.start:
+            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        buffer = bytearray(entry.end - entry.start)
         with path.open("rb") as file:
             file.seek(data_start + entry.start)
-            if file.readinto(memoryview(data.numpy())) != data.numel():
+            if file.readinto(buffer) != len(buffer):
                 raise ValueError(f"{path} ended while it was read; it was changed or truncated.")
-        return data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
     return load
 
