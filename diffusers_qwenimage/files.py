@@ -133,8 +133,11 @@ def read_header(path: str | Path) -> SafetensorsHeader:
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(9)
+        if start[8:] != b"{":  # else a length such as 0x...80 would pass for the first byte of a pickle
+            _refuse_other_files(start, size, str(path))
         length = _header_length(start, size, str(path))
+        file.seek(8)
         header = parse_header(file.read(length), str(path))
     if header.file_size != size:
         problem = "truncated" if header.file_size > size else "longer than its header says"
@@ -176,7 +179,7 @@ def parse_header(content: bytes, name: str) -> SafetensorsHeader:
     return SafetensorsHeader(tensors=tensors, metadata=metadata, data_start=8 + len(content))
 
 
-def _header_length(start: bytes, size: int, name: str) -> int:
+def _refuse_other_files(start: bytes, size: int, name: str) -> None:
     if size == 0:
         raise ValueError(f"{name} is empty. Fetch it again.")
     if start[:2] == b"PK" or start[:1] == b"\x80":
@@ -188,11 +191,14 @@ def _header_length(start: bytes, size: int, name: str) -> int:
         raise ValueError(f"{name} is a web page, not weights; the download went wrong. Fetch it again.")
     if start[:4] == b"GGUF":
         raise ValueError(f"{name} is a GGUF file; load it with diffusers' GGUFQuantizationConfig.")
-    if start == b"version ":
+    if start[:8] == b"version ":
         raise ValueError(f"{name} is a Git LFS pointer, not the weights; run `git lfs pull`.")
+
+
+def _header_length(start: bytes, size: int, name: str) -> int:
     if len(start) < 8:
         raise ValueError(f"{name} is not a safetensors file: {size} bytes. Fetch it again.")
-    length: int = struct.unpack("<Q", start)[0]
+    length: int = struct.unpack("<Q", start[:8])[0]
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise ValueError(
             f"{name} is not a complete safetensors file: a header of {length:,} bytes in a file of {size:,}."
