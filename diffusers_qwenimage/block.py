@@ -96,6 +96,8 @@ class QwenImageTransformerBlock(nn.Module):
 class QwenImageAttention(nn.Module, AttentionModuleMixin):
     """Projections and norms of the joint attention; the processor holds the arithmetic, as in diffusers."""
 
+    _supports_qkv_fusion = False  # diffusers' fusion knows one stream only
+
     def __init__(self, width: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.heads = num_heads
@@ -113,12 +115,11 @@ class QwenImageAttention(nn.Module, AttentionModuleMixin):
         self.to_add_out = nn.Linear(width, width)
         self.norm_added_q = RMSNorm(head_dim, eps=EPSILON)
         self.norm_added_k = RMSNorm(head_dim, eps=EPSILON)
-        self.set_processor(QwenImageAttnProcessor())
+        self.processor = QwenImageAttnProcessor()
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attend; arguments and results are the processor's."""
-        processor: QwenImageAttnProcessor = self.get_processor()
-        return processor(self, hidden_states, **kwargs)
+        return self.processor(self, hidden_states, **kwargs)
 
 
 class QwenImageAttnProcessor:

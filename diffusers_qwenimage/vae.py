@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as stock
 from diffusers.models.autoencoders.vae import DecoderOutput
+
+# diffusers' own pipelines look the base class up in the module of a component that they saved.
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from torch import Tensor, nn
 
 # Attributes of the stock class: height and width of a tile, then of the step between tiles, in image pixels.

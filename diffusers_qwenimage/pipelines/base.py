@@ -83,7 +83,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read model_index.json and have our classes load the components that it names by diffusers' names."""
+        """Read model_index.json; components under diffusers' names are loaded as our classes."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for component, name in OUR_CLASSES.items():

@@ -54,8 +54,8 @@ def check_text(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None,
         raise ValueError(f"{name}_embeds must be [prompts, tokens, width], got {tuple(embeds.shape)}.")
     if embeds is not None and mask is None:
         logger.warning(
-            "%s_embeds came without %s_embeds_mask: every token counts as text. If there is padding, pass the "
-            "mask that encode_prompt returned with them.",
+            "%s_embeds came without %s_embeds_mask: every token counts as text. If there is padding, pass "
+            "the mask that encode_prompt returned with them.",
             name,
             name,
         )
