@@ -151,10 +151,10 @@ def load_text_encoder(
     complete, with vision tower and `lm_head`, so that it can be saved; text prompts run neither of them.
     """
     settings, part = read_component(files, "text_encoder", config=config)
-    settings = {key: value for key, value in settings.items() if key not in ("architectures", "dtype")}
     model = empty_module(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings)))
     assign_weights(model, part, dtype=dtype, device=device)
-    model.config.dtype = model.dtype
+    for described in (model.config, model.config.text_config, model.config.vision_config):
+        described.dtype = model.dtype
     return model.eval()
 
 

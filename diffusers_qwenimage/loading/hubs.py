@@ -190,19 +190,39 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: advice for a known HTTP status, else the first line of the innermost message."""
-    status = None
-    link: BaseException | None = error
-    last = error
-    while link is not None:
-        response = getattr(link, "response", None)
-        status = status or getattr(response, "status_code", None) or getattr(link, "status_code", None)
-        last, link = link, link.__cause__ or link.__context__
+    """One line: advice for a known HTTP status, else the client's message and what lies behind it."""
+    failed = getattr(error, "failed_files", None)
+    if failed:  # ModelScope's error of several files
+        name, cause = next(iter(failed.items()))
+        return f"{name}: {_reason(cause)}"
+    chain = _chain(error)
+    status = next((status for link in chain if (status := _status(link))), None)
     if status in STATUS_ADVICE:
         return STATUS_ADVICE[status]
-    if isinstance(status, int) and status >= 500:
+    if status is not None and status >= 500:
         return f"the server fails (HTTP {status}): try again later"
+    # The outermost message tells the file, the innermost the cause; some outer ones quote whole tracebacks.
+    texts = [_first_line(link) for link in (chain[0], chain[-1])]
+    said = " / ".join(dict.fromkeys(text for text in texts if len(text) <= 300)) or texts[-1][:300]
+    return f"{said}. Check the network and try again, or give local files"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, innermost last."""
+    links = [error]
+    while (link := links[-1].__cause__ or links[-1].__context__) is not None and link not in links:
+        links.append(link)
+    return links
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an error, under the names that the clients use."""
+    response = getattr(error, "response", None)
+    found = getattr(response, "status_code", None) or getattr(error, "status_code", None)
+    return found if isinstance(found, int) else None
+
+
+def _first_line(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    if last is not error:
-        text += f" ({type(last).__name__}: {(str(last).splitlines() or [''])[0]})"
-    return f"{text}. Check the network, or give local files"
+    chinese = any("\u3400" <= letter <= "\u9fff" for letter in text)
+    return type(error).__name__ if chinese else text

@@ -140,14 +140,11 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 def _problem(folder: Path, patterns: Sequence[str]) -> str | None:
     """Why the files in `folder` are not all there, or None."""
     for pattern in patterns:
-        files = _matching(folder, [pattern])
-        if not files:
+        if not _matching(folder, [pattern]):
             return f"nothing in {folder} matches {pattern!r}"
-        found = next((text for text in map(file_problem, files) if text), None)
-        found = found or _shards(files) or _tokenizer(files)
-        if found:
-            return found
-    return None
+    files = _matching(folder, patterns)
+    damaged = next((text for text in map(file_problem, files) if text), None)
+    return damaged or _shards(files) or _tokenizer(files)
 
 
 def _shards(files: Sequence[Path]) -> str | None:
