@@ -1,0 +1,69 @@
+"""The command line: `qwenimage generate | env | lora`.
+
+A subcommand is a module of this folder with `add_parser(subparsers)`, which adds its parser and sets `run`, a
+function of the parsed arguments that returns the exit code. A module imports what is heavy inside `run`, so
+that `--help` is quick.
+
+Exit codes: 0 done; 2 the arguments or their files are not usable (one line on stderr); 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NoReturn
+
+from diffusers_qwenimage.version import __version__
+
+COMMANDS = ("generate", "lora", "environment")  # module names, in the order of the help
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise; `main` prints the message."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, of `argv` or of the process, and return its exit code."""
+    verbose = False
+    try:
+        arguments = build_parser().parse_args(argv)
+        verbose = arguments.verbose
+        logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+        code: int = arguments.run(arguments)
+        return code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if verbose and not isinstance(error, UsageError):
+            logging.getLogger(__name__).info("Where the error came from:", exc_info=error)
+        print(f"qwenimage: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="qwenimage",
+        description="Make pictures with Qwen-Image, and look after its files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qwenimage {__version__}")
+    parser.add_argument(
+        "--verbose", action="store_true", help="say more while working, and where an error came from"
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for name in COMMANDS:
+        if find_spec(f"{__name__}.{name}"):
+            import_module(f"{__name__}.{name}").add_parser(subparsers)
+    return parser

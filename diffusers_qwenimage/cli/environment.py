@@ -1,0 +1,227 @@
+"""`qwenimage env`: what is installed, which devices there are, what can be used and why the rest cannot."""
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "diffusers-qwenimage",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "huggingface-hub",
+    "modelscope",
+    "numpy",
+    "pillow",
+    "triton",
+)
+GIB = 2**30
+# Weights of Qwen-Image in bfloat16, in GiB: transformer 38.05, text encoder 15.45, VAE 0.24.
+WHOLE_MODEL = 54
+LARGEST_PART = 39
+WORKING_MEMORY = 8  # GiB beside the weights, for decoding a picture of 1328x1328
+EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
+# What a device may answer when it cannot run an attention backend.
+BACKEND_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AssertionError)
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `qwenimage`."""
+    parser = subparsers.add_parser(
+        "env",
+        help="show versions, devices, memory, and what can be used",
+        description="Show versions, devices, memory, attention backends and recommended settings. "
+        "Add the output to a bug report.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    report = environment()
+    print(json.dumps(report, indent=2) if arguments.json else as_text(report))
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """The report, of plain JSON types; memory in GiB."""
+    devices = gpus()
+    memory = host_memory()
+    device = "cuda" if devices else "cpu"
+    return {
+        "python": f"{platform.python_version()} ({platform.platform()})",
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "host": {"cpus": num_cpus(), **memory},
+        "gpus": devices,
+        "no_gpu_reason": None if devices else no_gpu_reason(),
+        "attention_backends": attention_backends(device),
+        "embedded_model": embedded_model(),
+        "recommended": recommended(devices, memory["memory_total"]),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version, None if there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def host_memory() -> dict[str, float]:
+    """Total and available memory in GiB; the total is a container's limit where there is one."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = memory.total
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(name)
+        text = path.read_text().strip() if path.is_file() else ""
+        limit = min(limit, int(text)) if text.isdigit() else limit
+    return {"memory_total": _gib(limit), "memory_available": _gib(min(memory.available, limit))}
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The NVIDIA (or ROCm) GPUs that torch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": torch.cuda.get_device_name(index),
+                "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+                "memory_total": _gib(total),
+                "memory_free": _gib(free),
+                "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+            }
+        )
+    return found
+
+
+def no_gpu_reason() -> str:
+    """Why torch sees no NVIDIA GPU."""
+    import torch
+
+    if torch.backends.mps.is_available():
+        return "Apple GPU: --device mps works in torch, but is not tested here"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without CUDA; install the one for your GPU"
+    return f"torch is built for CUDA {torch.version.cuda}, but finds no GPU or driver (see nvidia-smi)"
+
+
+def attention_backends(device: str) -> dict[str, str]:
+    """For each name that `transformer.set_attention_backend` takes: "works", or why not.
+
+    Tried with a small attention on `device`, but for kernels of the Hub, which would be fetched, and flex,
+    which has to be compiled.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return {backend.value: _try_backend(backend, device) for backend in AttentionBackendName}
+
+
+def _try_backend(backend: Any, device: str) -> str:
+    import torch
+    from diffusers.models import attention_dispatch
+
+    query = torch.ones(1, 16, 2, 64, device=device, dtype=torch.bfloat16)
+    try:
+        attention_dispatch._check_attention_backend_requirements(backend)
+        if backend.value.endswith("_hub"):
+            return "can be fetched from the Hub on use"
+        if backend == attention_dispatch.AttentionBackendName.FLEX:
+            return "works"
+        attention_dispatch.dispatch_attention_fn(query, query, query, backend=backend)
+    except BACKEND_ERRORS as error:
+        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return "works"
+
+
+def embedded_model() -> str:
+    """Whether the small model is inside the package."""
+    if (EMBEDDED_MODEL / "model_index.json").is_file():
+        return str(EMBEDDED_MODEL)
+    return f"missing from {EMBEDDED_MODEL}; reinstall the package"
+
+
+def recommended(devices: list[dict[str, Any]], host_total: float) -> dict[str, str]:
+    """What `qwenimage generate` chooses here, and whether Qwen-Image fits."""
+    if not devices:
+        enough = "enough, but slow" if host_total > WHOLE_MODEL else "not enough"
+        return {
+            "device": "cpu",
+            "dtype": "bfloat16, float32 for the embedded model",
+            "qwen_image": f"needs {WHOLE_MODEL} GiB of memory; here are {host_total:.0f}, {enough}",
+        }
+    first = devices[0]
+    free = first["memory_free"]
+    if free > WHOLE_MODEL + WORKING_MEMORY:
+        placement = f"all parts on the GPU ({WHOLE_MODEL} GiB of weights)"
+    elif free > LARGEST_PART + WORKING_MEMORY:
+        placement = f"parts in turns on the GPU (the largest has {LARGEST_PART} GiB)"
+    else:
+        placement = f"does not fit: its largest part has {LARGEST_PART} GiB, {free:.0f} GiB are free"
+    dtype = "bfloat16" if first["bfloat16"] else "float16 (this GPU has no bfloat16; not tested)"
+    return {"device": first["device"], "dtype": dtype, "qwen_image": placement}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for reading."""
+    packages = [f"  {name:<20} {version or 'not installed'}" for name, version in report["packages"].items()]
+    host = report["host"]
+    devices = [
+        f"  {gpu['device']}  {gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"{gpu['memory_free']:.1f} of {gpu['memory_total']:.1f} GiB free"
+        for gpu in report["gpus"]
+    ]
+    backends = report["attention_backends"]
+    working = [name for name, answer in backends.items() if answer == "works"]
+    others: dict[str, list[str]] = {}
+    for name, answer in backends.items():
+        if answer != "works":
+            others.setdefault(_without_name(answer, name), []).append(name)
+    lines = [
+        f"Python  {report['python']}",
+        "Packages",
+        *packages,
+        f"Host  {host['cpus']} CPUs, "
+        f"{host['memory_available']:.1f} of {host['memory_total']:.1f} GiB of memory available",
+        "GPUs" if devices else f"GPUs  none: {report['no_gpu_reason']}",
+        *devices,
+        f"Attention backends  {', '.join(working)}",
+        *(f"  not {', '.join(names)}: {reason}" for reason, names in others.items()),
+        f"Embedded model  {report['embedded_model']}",
+        "Recommended",
+        *(f"  {name.replace('_', '-'):<11} {value}" for name, value in report["recommended"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _without_name(answer: str, name: str) -> str:
+    """The reason without the backend's own name, so that equal reasons are shown once."""
+    return answer.replace(f" '{name}'", "").replace(f"'{name}' ", "")
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 2)
