@@ -72,6 +72,15 @@ def fuse(module: str, parts: Sequence[str], updates: Mapping[str, LoraUpdate]) -
     return replace(present[0], module=module, tensors=tensors, scale=unit_scale(rank))
 
 
+def fuse_shared(module: str, parts: Sequence[str], updates: Mapping[str, LoraUpdate]) -> LoraUpdate:
+    """One update of a fused module from parts that have the same down factor: their rows, stacked."""
+    present = [updates[part] for part in parts]
+    ups, down = [update.tensors["up"] for update in present], present[0].tensors["down"]
+    dtype, shape = _common_dtype(ups), (sum(up.shape[0] for up in ups), ups[0].shape[1])
+    tensors = {"up": derived(ups[0].key, dtype, shape, partial(_concatenate, ups, dtype)), "down": down}
+    return replace(present[0], module=module, tensors=tensors)
+
+
 def _block_columns(up: Tensor, num_parts: int) -> list[tuple[int, int]]:
     """The (first, last) columns of each part: its block, or all columns if the factor is not
     block-diagonal."""

@@ -10,6 +10,7 @@ the result gets its name. So a converted file that was changed meanwhile is neve
 import base64
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from diffusers_qwenimage.files import parse_header
 from diffusers_qwenimage.lora.factors import derived
 from diffusers_qwenimage.lora.formats import parse_key
-from diffusers_qwenimage.lora.fused import fuse, split_all
+from diffusers_qwenimage.lora.fused import fuse, fuse_shared, split_all
 from diffusers_qwenimage.lora.metadata import PROVENANCE_KEY
 from diffusers_qwenimage.lora.read import TORCH_DTYPES, LoraFile, parse_tensors
 from diffusers_qwenimage.lora.updates import LoraUpdate, StoredTensor
@@ -163,38 +164,41 @@ def _rebuild(file: LoraFile, record: Record) -> Source | None:
             tensors.append(_from_bits(key, dtype, entry.shape, record.alphas[key]))
             continue
         found = parse_key(key)
-        tensor = available.get((found[1].component, found[1].module, found[1].role)) if found else None
-        if tensor is None or torch.Size(tensor.shape).numel() != torch.Size(entry.shape).numel():
+        role = (found[1].component, found[1].module, found[1].role) if found else None
+        size = math.prod(entry.shape)
+        candidates = [t for t in available.get(role, ()) if math.prod(t.shape) == size] if role else []
+        if not candidates:
             return None
+        tensor = candidates[0]
         tensors.append(_undone(key, dtype, entry.shape, tensor, record.folded.get(key)))
     return Source(record=record, tensors=tuple(tensors), metadata=header.metadata)
 
 
-def _by_role(file: LoraFile) -> dict[tuple[str, str, str], StoredTensor]:
-    """Every tensor of a file by what it is, with fused modules in parts and parts as fused modules."""
+def _by_role(file: LoraFile) -> dict[tuple[str, str, str], list[StoredTensor]]:
+    """Every tensor of a file by what it is, with fused modules in parts and parts as fused modules.
+
+    There may be several candidates; the shape decides, and in the end the hash of the whole file.
+    """
     split = split_all(file.updates, file.architecture)
-    updates: Sequence[LoraUpdate] = [*_fused(file, split), *split, *file.updates]
-    return {
-        (update.component, update.module, role): tensor
-        for update in updates
-        for role, tensor in update.tensors.items()
-    }
+    found: dict[tuple[str, str, str], list[StoredTensor]] = {}
+    for update in (*file.updates, *split, *_fused(file, split)):
+        for role, tensor in update.tensors.items():
+            found.setdefault((update.component, update.module, role), []).append(tensor)
+    return found
 
 
 def _fused(file: LoraFile, split: Sequence[LoraUpdate]) -> list[LoraUpdate]:
-    by_module = {
-        update.module: update
-        for update in split
-        if update.component == "transformer" and update.kind == "lora" and update.scale.is_one
-    }
+    by_module = {u.module: u for u in split if u.component == "transformer" and u.kind == "lora"}
     architecture, result = file.architecture, []
     for module in list(by_module):
         for name, relative in architecture.fused.items():
-            if module.endswith(f".{relative[0]}"):
-                block = module.removesuffix(relative[0])
-                parts = [f"{block}{part}" for part in relative]
-                if all(part in by_module for part in parts):
-                    result.append(fuse(f"{block}{name}", parts, by_module))
+            block = module.removesuffix(relative[0])
+            parts = [f"{block}{part}" for part in relative]
+            if not module.endswith(f".{relative[0]}") or not all(part in by_module for part in parts):
+                continue
+            result.append(fuse_shared(f"{block}{name}", parts, by_module))
+            if all(by_module[part].scale.is_one for part in parts):
+                result.append(fuse(f"{block}{name}", parts, by_module))
     return result
 
 

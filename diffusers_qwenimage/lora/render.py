@@ -108,6 +108,11 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
     sources, notes = _sources(file, work)
     for update in sources:
         _place(update, work)
+    parts = {update.module for update in sources} - {update.module for update in file.updates}
+    work.steps[:] = [
+        replace(step, action="split") if step.module in parts and step.action == "renamed" else step
+        for step in work.steps
+    ]
     if target.fused and not work.refusals:
         _fuse(file, work)
     _check_strict(work)
