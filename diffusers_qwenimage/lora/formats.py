@@ -9,7 +9,7 @@ new writer is one record.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, lru_cache
 
 from diffusers_qwenimage.lora.architectures import resolve
 from diffusers_qwenimage.lora.updates import Component
@@ -21,11 +21,6 @@ class Spelling:
 
     name: str
     suffixes: Mapping[str, str]
-
-    @cached_property
-    def patterns(self) -> tuple[tuple[str, re.Pattern[str]], ...]:
-        """(role, pattern of stem + suffix) for each role."""
-        return tuple((role, _suffix_pattern(suffix)) for role, suffix in self.suffixes.items())
 
 
 def _suffix_pattern(suffix: str) -> re.Pattern[str]:
@@ -88,9 +83,9 @@ SHARED_SUFFIXES = {
     "bm.weight": "glora_bm",
     "on_input": "ia3_on_input",
     "scalar": "scalar",
+    "weight": "ia3_weight",
 }
-_SHARED = tuple((role, _suffix_pattern(suffix)) for suffix, role in SHARED_SUFFIXES.items())
-_IA3 = _suffix_pattern("weight")
+_MAX_SUFFIX_PARTS = 3  # "lora_magnitude_vector.default.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +133,13 @@ class Format:
         """Take a key apart; None if it is not of this format or names no module of any architecture."""
         if not key.startswith(self.prefix):
             return None
-        for stem, role, spelling, adapter in _split_suffix(key[len(self.prefix) :], self.flat):
-            if spelling is not None and spelling is not self.spelling:
+        for stem, role, spelling, adapter in _split_suffix(key):
+            if not stem.startswith(self.prefix) or spelling not in (None, self.spelling):
                 continue
-            module = resolve(stem, flat=self.flat, text_encoder=self.component == "text_encoder")
+            if role == "ia3_weight" and not self.flat:  # dotted, it is a weight of a full checkpoint
+                continue
+            name = stem[len(self.prefix) :]
+            module = resolve(name, flat=self.flat, text_encoder=self.component == "text_encoder")
             if module is not None:
                 return ParsedKey(
                     module=module,
@@ -161,19 +159,42 @@ class Format:
         return f"{self.prefix}{stem}.{suffix.replace('{adapter}', adapter)}"
 
 
-def _split_suffix(key: str, flat: bool) -> list[tuple[str, str, Spelling | None, str | None]]:
+@lru_cache(maxsize=4096)
+def _split_suffix(key: str) -> tuple[tuple[str, str, Spelling | None, str | None], ...]:
     """Every (stem, role, spelling, adapter) that a key may be read as, the most specific first."""
     found: list[tuple[str, str, Spelling | None, str | None]] = []
+    parts = key.split(".")
+    for number in range(min(len(parts) - 1, _MAX_SUFFIX_PARTS), 0, -1):
+        stem, suffix = ".".join(parts[:-number]), ".".join(parts[-number:])
+        found += [(stem, role, spelling, None) for role, spelling in _plain_suffixes().get(suffix, ())]
+    for role, spelling, pattern in _named_suffixes():
+        if match := pattern.fullmatch(key):
+            found.append((match["stem"], role, spelling, match["adapter"]))
+    return tuple(found)
+
+
+@cache
+def _plain_suffixes() -> dict[str, list[tuple[str, Spelling | None]]]:
+    """Suffix -> the roles that it may mean, those of a spelling first."""
+    table: dict[str, list[tuple[str, Spelling | None]]] = {}
     for spelling in SPELLINGS:
-        for role, pattern in spelling.patterns:
-            if match := pattern.fullmatch(key):
-                found.append((match["stem"], role, spelling, match.groupdict().get("adapter")))
-    found += [
-        (match["stem"], role, None, None) for role, pattern in _SHARED if (match := pattern.fullmatch(key))
-    ]
-    if flat and (match := _IA3.fullmatch(key)):  # dotted, it would be a weight of a full checkpoint
-        found.append((match["stem"], "ia3_weight", None, None))
-    return found
+        for role, suffix in spelling.suffixes.items():
+            if "{adapter}" not in suffix:
+                table.setdefault(suffix, []).append((role, spelling))
+    for suffix, role in SHARED_SUFFIXES.items():
+        table.setdefault(suffix, []).append((role, None))
+    return table
+
+
+@cache
+def _named_suffixes() -> tuple[tuple[str, Spelling, re.Pattern[str]], ...]:
+    """The suffixes that hold the name of an adapter."""
+    return tuple(
+        (role, spelling, _suffix_pattern(suffix))
+        for spelling in SPELLINGS
+        for role, suffix in spelling.suffixes.items()
+        if "{adapter}" in suffix
+    )
 
 
 def _shared_suffix(role: str) -> str:
