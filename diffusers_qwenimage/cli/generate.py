@@ -2,10 +2,10 @@
 
 import argparse
 import math
-import os
 import re
 import secrets
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,8 +288,8 @@ def choose_device(name: str) -> "torch.device":
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: built without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {name!r} cannot be used: {reason} See `qwenimage env`.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"The device {name!r} cannot be used: {reason}. See `qwenimage env`.") from error
     if device.type == "meta":
         raise ValueError("The device 'meta' holds no values; take cpu or cuda.")
     return device
@@ -327,8 +327,11 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file to write.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {parent} is not a folder that can be written to.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions alone do not tell on every system
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: no file can be made in {parent}.") from error
 
 
 def fit_area(size: tuple[int, int], area: int) -> tuple[int, int]:
