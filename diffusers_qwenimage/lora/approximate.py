@@ -33,7 +33,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     num_directions = min(rank + NUM_OVERSAMPLES, *matrix.shape)
     if 2 * num_directions >= min(matrix.shape):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        parts = torch.linalg.svd(matrix.double(), full_matrices=False)
+        left, values, right = (part.float() for part in parts)
     else:
         generator = torch.Generator(device=matrix.device).manual_seed(0)
         directions = torch.randn(

@@ -98,7 +98,7 @@ def convert_lora(
         )
     rendered = render(file, find_target(to), options)
     rendered = replace(rendered, metadata={**rendered.metadata, **_provenance(source, file, rendered)})
-    return _write_rendered(file, rendered, output, options, progress)
+    return write_rendered(rendered, output, options, progress)
 
 
 def convert_state_dict(
@@ -119,9 +119,20 @@ def convert_state_dict(
     return {tensor.key: tensor.load() for tensor in rendered.tensors}, dict(rendered.metadata)
 
 
-def _write_rendered(
-    file: LoraFile, rendered: Rendered, output: Path, options: Options, progress: Progress | None
+def write_rendered(
+    rendered: Rendered,
+    output: Path,
+    options: Options,
+    progress: Progress | None = None,
+    *,
+    max_bound: float = 0.0,
 ) -> Conversion:
+    """Write what was rendered; it gets its name once its changes are proved equal to its source updates.
+
+    Raises:
+        ValueError: if the written file differs from `rendered.source_updates`: by more than `max_bound`
+            (relative), unless the options allow approximation. Nothing is left at `output` then.
+    """
     with _output(output, directory=rendered.target.directory) as weights:
         stream_safetensors(weights, rendered.tensors, rendered.metadata, progress=progress)
         config = rendered.adapter_config
@@ -129,7 +140,7 @@ def _write_rendered(
             write_text(weights.parent / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
         written = _read_back(weights, config)
         comparison = _compare(rendered.source_updates, written, progress)
-        problem = _problem(rendered, comparison, options)
+        problem = _problem(comparison, options, max_bound)
         if problem:
             raise ValueError(f"{output} was not written: {problem}.")
         num_bytes = weights.stat().st_size
@@ -206,11 +217,13 @@ def _compare(updates: Sequence[LoraUpdate], written: LoraFile, progress: Progres
     )
 
 
-def _problem(rendered: Rendered, comparison: Comparison, options: Options) -> str:
+def _problem(comparison: Comparison, options: Options, max_bound: float) -> str:
     """What is wrong with a written file, or ""."""
     if options.strict and not comparison.same_bits:
         return "--strict demands the same bits in every tensor"
-    if comparison.exact or (options.allow_approximate and math.isfinite(comparison.bound)):
+    if comparison.exact or comparison.bound <= max_bound:
+        return ""
+    if options.allow_approximate and math.isfinite(comparison.bound):
         return ""
     return f"its weight changes differ from those of the input: {comparison.summary()}"
 
