@@ -197,11 +197,11 @@ def _fetch(
         elif path.stat().st_size != file.size or file_problem(path):
             broken.append(file)
     if broken:
-        client.download(model_id, broken, folder=local, revision=revision, again=True)
+        root = client.download(model_id, broken, folder=local, revision=revision, again=True)
     if missing or not broken:
-        return client.download(model_id, missing or files, folder=local, revision=revision, again=False)
-    assert root is not None  # something broken lies somewhere
-    return root
+        root = client.download(model_id, missing or files, folder=local, revision=revision, again=False)
+    assert root is not None  # something was downloaded
+    return local if local is not None else root
 
 
 def _verify(folder: Path, files: Iterable[RemoteFile], model_id: str, *, check_hash: bool) -> None:

@@ -1,0 +1,320 @@
+"""DiffSynth-Studio's `QwenImagePipeline`: loading by `ModelConfig`, one prompt in, one picture out."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusers_qwenimage import latents as packing
+from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
+from diffusers_qwenimage.images import open_image
+from diffusers_qwenimage.loading import load_scheduler
+from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
+from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
+from diffusers_qwenimage.vae import TILING_ATTRIBUTES
+
+from .model_config import ModelConfig
+from .models import PATTERNS, find_tokenizer, load_models
+
+logger = logging.getLogger(__name__)
+
+QWEN_IMAGE_TOKENIZER = ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/")
+
+
+class QwenImagePipeline:
+    """Text to image and image to image. Made by `from_pretrained`.
+
+    Attributes:
+        torch_dtype, device: what is computed in and on.
+        dit: the transformer; None if no file of it was given, likewise the next two.
+        vae: pictures to latents and back.
+        text_encoder: Qwen2.5-VL.
+        tokenizer: its tokenizer, or None.
+        scheduler: with the published settings.
+    """
+
+    def __init__(
+        self,
+        *,
+        torch_dtype: torch.dtype,
+        device: torch.device,
+        dit: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+    ) -> None:
+        self.torch_dtype = torch_dtype
+        self.device = device
+        self.dit = dit
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler: Any = load_scheduler()
+        self._prompt_encoder = PromptEncoder()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cuda",
+        model_configs: Sequence[ModelConfig] = (),
+        tokenizer_config: ModelConfig | None = QWEN_IMAGE_TOKENIZER,
+    ) -> "QwenImagePipeline":
+        """Load the models, recognised by their keys, in any order; files that are missing are downloaded.
+
+        Args:
+            torch_dtype: what is computed in.
+            device: what is computed on.
+            model_configs: files of the transformer, the text encoder and the VAE.
+            tokenizer_config: folder of the tokenizer; None loads none.
+
+        Raises:
+            FileNotFoundError: if a file is missing and is not to be downloaded.
+            DownloadError: if the hub cannot deliver a file.
+            ValueError: if a file is none of the three models, a model comes twice, or there is no such GPU.
+        """
+        target = _device(device)
+        models = load_models(model_configs, dtype=torch_dtype, device=target)
+        return cls(
+            torch_dtype=torch_dtype,
+            device=target,
+            dit=models.get("transformer"),
+            vae=models.get("vae"),
+            text_encoder=models.get("text_encoder"),
+            tokenizer=None if tokenizer_config is None else find_tokenizer(tokenizer_config),
+        )
+
+    def enable_vram_management(
+        self,
+        num_persistent_param_in_dit: int | None = None,
+        vram_limit: float | None = None,
+        vram_buffer: float = 0.5,
+    ) -> None:
+        """Not there yet: raises `ValueError` saying what to do instead."""
+        raise ValueError(
+            "enable_vram_management is not available yet. Load the models without offload_device and "
+            "offload_dtype if they fit the GPU (about 60 GB in bf16); else use "
+            "diffusers_qwenimage.QwenImagePipeline with enable_model_cpu_offload() or enable_group_offload()."
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str = "",
+        negative_prompt: str = "",
+        cfg_scale: float = 1.0,
+        input_image: Image.Image | None = None,
+        denoising_strength: float = 1.0,
+        height: int = 1328,
+        width: int = 1328,
+        seed: int | None = None,
+        rand_device: str | torch.device = "cpu",
+        num_inference_steps: int = 30,
+        tiled: bool = False,
+        tile_size: int | tuple[int, int] = 128,
+        tile_stride: int | tuple[int, int] = 64,
+        progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = tqdm,
+    ) -> Image.Image:
+        """Make one picture.
+
+        Args:
+            prompt: what the picture shows.
+            negative_prompt: what it does not show; acts with `cfg_scale` above 1.
+            cfg_scale: strength of classifier-free guidance; 1 is none.
+            input_image: picture to start from, of size `width` x `height`.
+            denoising_strength: 0 gives `input_image` back, 1 takes nothing of it. All steps run, over the
+                last part of the schedule.
+            height, width: in pixels, multiples of 16; others are rounded up, with a warning.
+            seed: of the noise; None is random.
+            rand_device: where the noise is drawn; its numbers differ between devices.
+            num_inference_steps: denoising steps, at least 1.
+            tiled: run the VAE in tiles, with less memory and small differences.
+            tile_size, tile_stride: in latent pixels (8 image pixels), one number or (height, width).
+            progress_bar_cmd: wraps the steps, as `tqdm` does; `lambda x: x` shows nothing.
+
+        Raises:
+            ValueError: for arguments that cannot be met, or if a model that is needed was not loaded.
+        """
+        self._require("dit", "vae", "text_encoder", "tokenizer")
+        side = self.vae.spatial_compression_ratio * packing.PATCH  # pixels of a token: 16
+        rows, columns = _token_grid(height, width, side)
+        sizes = ((width, height), (columns * side, rows * side))
+        picture = _check_start(input_image, denoising_strength, *sizes)
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale}.")
+        text, negative = self._encode(prompt, negative_prompt, guided=cfg_scale > 1)
+        noise = self._noise(rows, columns, seed, rand_device)
+        sigmas = even_sigmas(num_inference_steps, denoising_strength or 1.0)
+        with _tiles(self.vae, tiled, tile_size, tile_stride):
+            clean = None if picture is None else self._encode_image(picture)
+            timesteps = set_timesteps(self.scheduler, sigmas, num_tokens=rows * columns, device=self.device)
+            inputs = DenoiseInputs(
+                latents=noise if clean is None else _mix(clean, noise, self.scheduler.sigmas[0]),
+                timesteps=timesteps,
+                prompt=text,
+                negative=negative,
+                guidance_scale=cfg_scale,
+                image_shapes=[(1, rows, columns)],
+            )
+            if clean is not None and denoising_strength == 0:
+                final = clean
+            else:
+                on_step = _progress(progress_bar_cmd, timesteps)
+                final = denoise(self.dit, self.scheduler, inputs, on_step=on_step)
+            return self._decode(final, rows, columns)
+
+    def _require(self, *names: str) -> None:
+        for name in names:
+            model = getattr(self, name)
+            if model is None:
+                raise ValueError(
+                    f"This pipeline has no {name}. Add ModelConfig(model_id=..., origin_file_pattern="
+                    f'"{PATTERNS[name]}") to '
+                    f"{'tokenizer_config' if name == 'tokenizer' else 'model_configs'} of from_pretrained."
+                )
+            where = getattr(model, "device", self.device)
+            if where.type != self.device.type:
+                raise ValueError(
+                    f"The {name} is on {where} (its offload_device), but the pipeline computes on "
+                    f"{self.device}; bringing it there by parts is not available yet. Load it without "
+                    f"offload_device, or move it: pipe.{name}.to({str(self.device)!r})."
+                )
+
+    def _encode(
+        self, prompt: str, negative: str, *, guided: bool
+    ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+        texts = [prompt, negative] if guided else [prompt]
+        for text in texts:
+            self._check_prompt(text)
+        embeds = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, texts, device=self.device)
+        cast = [tensor.to(self.torch_dtype) for tensor in embeds]
+        return cast[:1], cast[1:] or None
+
+    def _check_prompt(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"A prompt must be one text, got {type(text).__name__}. Call once per prompt, or use "
+                "diffusers_qwenimage.QwenImagePipeline for batches."
+            )
+        num_tokens = len(self.tokenizer(TEXT_TO_IMAGE.text.format(text)).input_ids)
+        limit = MAX_PROMPT_TOKENS + TEXT_TO_IMAGE.prefix_tokens
+        if num_tokens > limit:
+            logger.warning("The prompt is too long: its last %d tokens are cut off.", num_tokens - limit)
+
+    def _noise(self, rows: int, columns: int, seed: int | None, rand_device: str | torch.device) -> Tensor:
+        """Packed noise [1, rows * columns, 4 z], drawn as [1, z, height / 8, width / 8] in `torch_dtype`."""
+        if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number of 64 bits or None, got {seed!r}.")
+        where = _device(rand_device)
+        generator = None if seed is None else torch.Generator(where).manual_seed(int(seed))
+        channels = self.dit.config.in_channels // packing.PATCH**2
+        shape = (1, channels, rows * packing.PATCH, columns * packing.PATCH)
+        noise = torch.randn(shape, generator=generator, device=where, dtype=self.torch_dtype)
+        return packing.pack(noise.to(self.device))
+
+    def _encode_image(self, picture: Image.Image) -> Tensor:
+        """The mode of the picture's posterior, packed: [1, rows * columns, 4 z]."""
+        values = torch.from_numpy(np.asarray(picture).astype(np.float32)) / 255
+        pixels = (2 * values - 1).permute(2, 0, 1)[None].to(self.device, self.vae.dtype)
+        return packing.encode(self.vae, pixels, sample=False).to(self.torch_dtype)
+
+    def _decode(self, latents: Tensor, rows: int, columns: int) -> Image.Image:
+        if not torch.isfinite(latents).all():
+            logger.warning("The latents hold NaN or infinite values; the picture will be broken.")
+        pixels = packing.decode(self.vae, latents, rows, columns)
+        picture: Image.Image = VaeImageProcessor().postprocess(pixels, output_type="pil")[0]
+        return picture
+
+
+def _device(device: str | torch.device) -> torch.device:
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device is "{device}", but torch sees no such GPU. Use device="cpu".')
+    return target
+
+
+def _token_grid(height: int, width: int, side: int) -> tuple[int, int]:
+    """Rows and columns of tokens of `side` pixels, sizes rounded up."""
+    for name, value in (("height", height), ("width", width)):
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number of pixels, got {value!r}.")
+    rows, columns = -(-height // side), -(-width // side)
+    if (rows * side, columns * side) != (height, width):
+        logger.warning(
+            "height and width must be multiples of %d: %d x %d is rounded up to %d x %d.",
+            *(side, height, width, rows * side, columns * side),
+        )
+    return rows, columns
+
+
+def _is_whole(value: Any) -> bool:
+    """Python's and numpy's integers, not True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_start(
+    image: Any, strength: float, size: tuple[int, int], rounded: tuple[int, int]
+) -> Image.Image | None:
+    """The picture to start from: upright RGB, of the asked size (width, height), brought to `rounded`."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"denoising_strength must be between 0 and 1, got {strength}.")
+    if image is None:
+        if strength != 1:
+            raise ValueError(
+                f"denoising_strength is {strength}, but there is no input_image. Give one, or leave it at 1."
+            )
+        return None
+    picture = open_image(image)
+    if picture.size not in (size, rounded):
+        raise ValueError(
+            f"input_image is {picture.width} x {picture.height} pixels, but width x height is "
+            f"{size[0]} x {size[1]}. Resize the picture, or pass height={picture.height}, "
+            f"width={picture.width}."
+        )
+    return picture if picture.size == rounded else picture.resize(rounded, Image.Resampling.LANCZOS)
+
+
+def _mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Latents at `sigma` (flow matching): (1 - sigma) clean + sigma noise."""
+    level = sigma.to(clean.device)
+    return ((1 - level) * clean + level * noise).to(clean.dtype)
+
+
+@contextmanager
+def _tiles(
+    vae: Any, tiled: bool, size: int | tuple[int, int], stride: int | tuple[int, int]
+) -> Iterator[None]:
+    """Tiling for the time of one call."""
+    if not tiled:
+        yield
+        return
+    before = {name: getattr(vae, name) for name in ("use_tiling", *TILING_ATTRIBUTES)}
+    vae.enable_tiling(tile_size=size, tile_stride=stride)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def _progress(wrap: Callable[[Iterable[Any]], Iterable[Any]], timesteps: Tensor) -> OnStep:
+    """Advance the user's bar after each step. It is asked once before, as a loop over it would."""
+    bar = iter(wrap(timesteps))
+    next(bar, None)
+
+    def on_step(
+        index: int, timestep: Tensor, latents: Tensor, prompt: PromptEmbeds
+    ) -> tuple[Tensor, PromptEmbeds]:
+        next(bar, None)
+        return latents, prompt
+
+    return on_step
