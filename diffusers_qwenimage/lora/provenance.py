@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusers_qwenimage.files import parse_header
+from diffusers_qwenimage.lora.architectures import block_index
 from diffusers_qwenimage.lora.factors import derived
 from diffusers_qwenimage.lora.formats import parse_key
 from diffusers_qwenimage.lora.fused import fuse, fuse_shared, split_all
@@ -189,16 +190,17 @@ def _by_role(file: LoraFile) -> dict[tuple[str, str, str], list[StoredTensor]]:
 
 def _fused(file: LoraFile, split: Sequence[LoraUpdate]) -> list[LoraUpdate]:
     by_module = {u.module: u for u in split if u.component == "transformer" and u.kind == "lora"}
-    architecture, result = file.architecture, []
-    for module in list(by_module):
+    architecture = file.architecture
+    blocks = {index for module in by_module if (index := block_index(module)) is not None}
+    result = []
+    for path in (f"{architecture.blocks}.{block}" for block in sorted(blocks)):
         for name, relative in architecture.fused.items():
-            block = module.removesuffix(relative[0])
-            parts = [f"{block}{part}" for part in relative]
-            if not module.endswith(f".{relative[0]}") or not all(part in by_module for part in parts):
-                continue
-            result.append(fuse_shared(f"{block}{name}", parts, by_module))
-            if all(by_module[part].scale.is_one for part in parts):
-                result.append(fuse(f"{block}{name}", parts, by_module))
+            parts = [f"{path}.{part}" for part in relative]
+            present = [part for part in parts if part in by_module]
+            if len(present) == len(parts):
+                result.append(fuse_shared(f"{path}.{name}", parts, by_module))
+            if present and all(by_module[part].scale.is_one for part in present):
+                result.append(fuse(f"{path}.{name}", parts, by_module))
     return result
 
 
