@@ -8,11 +8,15 @@ when it is whole.
 """
 
 import fnmatch
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
 
 from diffusers_qwenimage.checkpoint import shard_problem
 from diffusers_qwenimage.files import read_header
@@ -53,9 +57,7 @@ def find_files(
     """
     _check_id(model_id)
     wanted = _patterns(patterns)
-    client = HUBS[hub]
-    local = Path(folder) / model_id if folder is not None else client.cached(model_id, revision)
-    problem = "it is not in the cache" if local is None else _problem(local, wanted)
+    local, problem = _look(model_id, wanted, hub, folder, revision)
     if local is not None and problem is None:
         return _matching(local, wanted)
     if local_only:
@@ -64,11 +66,14 @@ def find_files(
             f"The files {', '.join(wanted)} {where} cannot be used: {problem}. Downloading is switched off; "
             "fetch them by hand or allow it."
         )
-    logger.info("Fetching %s of %s from %s: %s.", ", ".join(wanted), model_id, hub, problem)
-    listing = client.list_files(model_id, revision)
-    needed = _select(listing, wanted, model_id, hub)
-    local = _fetch(model_id, needed, hub=hub, local=local if folder is not None else None, revision=revision)
-    _verify(local, needed, model_id, check_hash=check_hash)
+    with _one_at_a_time(model_id, folder):
+        local, problem = _look(model_id, wanted, hub, folder, revision)  # another process may be done by now
+        if local is None or problem is not None:
+            logger.info("Fetching %s of %s from %s: %s.", ", ".join(wanted), model_id, hub, problem)
+            needed = _select(HUBS[hub].list_files(model_id, revision), wanted, model_id, hub)
+            target = local if folder is not None else None
+            local = _fetch(model_id, needed, hub=hub, local=target, revision=revision)
+            _verify(local, needed, model_id, check_hash=check_hash)
     problem = _problem(local, wanted)
     if problem:
         raise DownloadError(f"{model_id} as {hub} serves it cannot be used: {problem}.")
@@ -119,6 +124,29 @@ def _patterns(patterns: str | Sequence[str] | None) -> list[str]:
     if not cleaned:
         raise ValueError("No file pattern was given; name files such as 'transformer/*.safetensors'.")
     return cleaned
+
+
+def _look(
+    model_id: str, patterns: Sequence[str], hub: Hub, folder: str | Path | None, revision: str | None
+) -> tuple[Path | None, str | None]:
+    """The folder where the files are or will be, and why they are not complete (None if they are)."""
+    local = Path(folder) / model_id if folder is not None else HUBS[hub].cached(model_id, revision)
+    return local, "it is not in the cache" if local is None else _problem(local, patterns)
+
+
+@contextmanager
+def _one_at_a_time(model_id: str, folder: str | Path | None) -> Iterator[None]:
+    """Keep processes that download to the same folder apart; the clients' caches have locks of their own.
+
+    huggingface_hub removes a file in a plain folder before it writes it again.
+    """
+    if folder is None:
+        yield
+        return
+    locks = Path(folder) / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{model_id.replace('/', '--')}.lock"):
+        yield
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -220,8 +248,6 @@ def _verify(folder: Path, files: Iterable[RemoteFile], model_id: str, *, check_h
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    import hashlib
-
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
