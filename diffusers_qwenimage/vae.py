@@ -39,7 +39,13 @@ class AutoencoderKLQwenImage(stock.AutoencoderKLQwenImage):
 
     `encode` takes pixels [B, C, T, H, W] in [-1, 1], `decode` takes unnormalised latents
     [B, z_dim, T, H / 8, W / 8]; T = 1 takes the short path. Both are differentiable.
+
+    Attributes:
+        image_memory_format: layout of single images inside, `torch.channels_last` for the one that the
+            tensor cores of GPUs compute in.
     """
+
+    image_memory_format: torch.memory_format = torch.contiguous_format
 
     # diffusers reads the names of the configuration fields off the signature.
     @wraps(_stock_init)  # type: ignore[misc]
@@ -137,10 +143,14 @@ class AutoencoderKLQwenImage(stock.AutoencoderKLQwenImage):
         values = [getattr(self, name) for name in TILING_ATTRIBUTES]
         return Tiling.from_image_pixels(values, self.spatial_compression_ratio)
 
+    def _image(self, x: Tensor) -> Tensor:
+        """[B, C, 1, H, W] to [B, C, H, W] in the layout to compute in."""
+        return x[:, :, 0].contiguous(memory_format=self.image_memory_format)
+
     def _encode_whole(self, x: Tensor) -> Tensor:
         """Pixels [B, C, T, H, W] to moments [B, 2 z_dim, T', H // 8, W // 8], without tiles."""
         if x.shape[2] == 1:
-            image: Tensor = self.quant_conv(self.encoder(x[:, :, 0]))
+            image: Tensor = self.quant_conv(self.encoder(self._image(x)))
             return image.unsqueeze(2)
         self.clear_cache()
         chunks = []  # the first frame alone, then four at a time, with the features kept from before
@@ -155,7 +165,7 @@ class AutoencoderKLQwenImage(stock.AutoencoderKLQwenImage):
     def _decode_whole(self, z: Tensor) -> Tensor:
         """Latents [B, z_dim, T, h, w] to pixels [B, C, T', 8 h, 8 w], without tiles and not clamped."""
         if z.shape[2] == 1:
-            image: Tensor = self.decoder(self.post_quant_conv(z[:, :, 0]))
+            image: Tensor = self.decoder(self.post_quant_conv(self._image(z)))
             return image.unsqueeze(2)
         self.clear_cache()
         frames = []

@@ -262,6 +262,32 @@ def test_layerwise_casting_stores_in_eight_bits_and_computes_in_float32() -> Non
         assert (decoded(ours, z) - decoded(stock, z)).abs().max() < ROUNDING
 
 
+def test_channels_last_computes_the_same() -> None:
+    stock, ours = pair(FAMILY["tiny"])
+    ours.image_memory_format = torch.channels_last
+    x, z = pixels(stock, 32, 48), latents(stock, 8, 6)
+    with torch.no_grad():
+        assert (moments(ours, x) - moments(stock, x)).abs().max() < ROUNDING
+        assert (decoded(ours, z) - decoded(stock, z)).abs().max() < ROUNDING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    stock, ours = pair(FAMILY["published"])
+    x, z = pixels(stock, 128, 192), latents(stock, 16, 24)
+    with torch.no_grad():
+        exact = [moments(stock, x), decoded(stock, z)]
+        stock, ours = stock.to("cuda", dtype), ours.to("cuda", dtype)
+        ours.image_memory_format = layout
+        x, z = x.to("cuda", dtype), z.to("cuda", dtype)
+        theirs, mine = [moments(stock, x), decoded(stock, z)], [moments(ours, x), decoded(ours, z)]
+    for expected, one, other in zip(exact, theirs, mine, strict=True):
+        # As on the CPU: rounding errors of the same size.
+        assert (other.cpu() - expected).square().mean() <= 1.25**2 * (one.cpu() - expected).square().mean()
+
+
 def test_compiles_as_one_graph() -> None:
     _, ours = pair(FAMILY["tiny"])
     x, z = pixels(ours, 32, 48), latents(ours, 8, 6)
