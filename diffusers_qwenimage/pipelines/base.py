@@ -365,3 +365,12 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraLoaderMixin):
     def _unpack_latents(latents: Tensor, height: int, width: int, vae_scale_factor: int) -> Tensor:
         """diffusers' spelling of `latents.unpack`; sizes in picture pixels."""
         return packing.unpack(latents, *packing.token_grid(vae_scale_factor, int(height), int(width)))
+
+
+def seeded(generator: packing.Generators, seed: int | None) -> packing.Generators:
+    """The generator of a call: the one given, or a CPU generator with `seed`."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("Give either seed or generator, not both.")
+    return torch.Generator("cpu").manual_seed(seed)

@@ -13,7 +13,7 @@ from diffusers_qwenimage.denoise import DenoiseInputs
 from diffusers_qwenimage.images import ImageInput, prepare_images
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
-from .base import CallbackOnStepEnd, QwenImagePipelineBase
+from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
 from .text import Text
 from .text_to_image import check_latents
 
@@ -47,6 +47,8 @@ class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
         callback_on_step_end: CallbackOnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
+        *,
+        seed: int | None = None,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Change pictures as prompts say. Arguments not listed here are those of `QwenImagePipeline`.
 
@@ -87,7 +89,7 @@ class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
             processor=self.image_processor,
             scheduler=self.scheduler,
             sigmas=sigmas_before_shift,
-            generator=generator,
+            generator=seeded(generator, seed),
             latents=latents,
             attention_kwargs=attention_kwargs,
             device=self._execution_device,

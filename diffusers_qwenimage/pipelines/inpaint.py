@@ -16,7 +16,7 @@ from diffusers_qwenimage.denoise import DenoiseInputs, KeepRegion
 from diffusers_qwenimage.images import ImageInput, prepare_images
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
-from .base import CallbackOnStepEnd, QwenImagePipelineBase
+from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
 from .image_to_image import clean_and_noise, for_each_picture
 from .text import Text
 from .text_to_image import check_latents
@@ -73,6 +73,8 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
         callback_on_step_end: CallbackOnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
+        *,
+        seed: int | None = None,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Repaint what the mask shows white. Arguments not listed are those of the image-to-image pipeline.
 
@@ -121,7 +123,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
             mask_processor=self.mask_processor,
             scheduler=self.scheduler,
             sigmas=sigmas_before_shift,
-            generator=generator,
+            generator=seeded(generator, seed),
             latents=latents,
             device=self._execution_device,
         )

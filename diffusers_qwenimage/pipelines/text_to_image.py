@@ -11,7 +11,7 @@ from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
-from .base import CallbackOnStepEnd, QwenImagePipelineBase
+from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
 from .text import Text
 
 
@@ -42,6 +42,8 @@ class QwenImagePipeline(QwenImagePipelineBase):
         callback_on_step_end: CallbackOnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
+        *,
+        seed: int | None = None,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -65,6 +67,7 @@ class QwenImagePipeline(QwenImagePipelineBase):
                 whose tensors replace those of the loop.
             callback_on_step_end_tensor_inputs: what it is given: "latents", "prompt_embeds".
             max_sequence_length: tokens kept of a prompt, at most 1024.
+            seed: shorthand for a CPU generator with this seed; not together with `generator`.
 
         Raises:
             ValueError: for arguments that contradict each other or cannot be met; the message says which.
@@ -96,7 +99,7 @@ class QwenImagePipeline(QwenImagePipelineBase):
             scheduler=self.scheduler,
             sigmas=sigmas_before_shift,
             num_channels=self.transformer.config.in_channels // packing.PATCH**2,
-            generator=generator,
+            generator=seeded(generator, seed),
             latents=latents,
             attention_kwargs=attention_kwargs,
             device=self._execution_device,

@@ -52,6 +52,7 @@ def run(name="QwenImagePipeline", **changes):
         ({"latents": random(1, 4, 8, 8)}, r"must be packed, \[1, 16, channels\]"),
         ({"latents": random(1, 15, 16)}, r"must be packed, \[1, 16, channels\]"),
         ({"generator": [generator()] * 2}, "2 generators for 1 pictures"),
+        ({"generator": generator(), "seed": 1}, "either seed or generator"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
     ],
 )
@@ -95,6 +96,10 @@ def test_inpaint_refuses(changes, message):
 def test_odd_sizes_are_rounded_down_with_a_warning(caplog):
     assert run(height=39, width=33).shape == (1, 32, 32, 3)
     assert "multiples of 8: 33x39 becomes 32x32" in caplog.text
+
+
+def test_seed_is_a_cpu_generator():
+    assert np.array_equal(run(generator=None, seed=3), run(generator=generator(3)))
 
 
 def test_one_step_gives_a_finite_picture():
