@@ -2,15 +2,16 @@
 
 import glob
 import json
+import math
+import mmap
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from diffusers_qwenimage.files import TensorEntry, read_header
@@ -29,19 +30,30 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAIN_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers write
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: the file, its name in that file, and its header entry (type, shape, bytes)."""
+    """Where one tensor lies.
+
+    Attributes:
+        file: the file that holds it.
+        key: its name in the file.
+        entry: its line of the header (type, shape, bytes).
+        offset: of its first byte in the file.
+        value: the tensor itself, if it is in memory and not in a file.
+    """
 
     file: Path
     key: str
     entry: TensorEntry
-    value: Tensor | None = None  # set for tensors that are in memory, not in the file
+    offset: int = 0
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,10 @@ class Checkpoint:
         return self.renamed({name: name for name in names})
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every (name, tensor): on the CPU, as stored, memory-mapped; files one after the other."""
+        """Yield every (name, tensor): on the CPU, as stored, memory-mapped; files one after the other.
+
+        The mapping is private: writing to a tensor does not change the file.
+        """
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name, tensor in self.tensors.items():
             if tensor.value is not None:
@@ -89,9 +104,9 @@ class Checkpoint:
             else:
                 by_file[tensor.file].append(name)
         for file, names in by_file.items():
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in sorted(names, key=lambda name: self.tensors[name].entry.start):
-                    yield name, opened.get_tensor(self.tensors[name].key)
+            with file.open("rb") as opened:
+                for name in sorted(names, key=lambda name: self.tensors[name].offset):
+                    yield name, _read(opened, self.tensors[name])
 
 
 def open_checkpoint(source: str | Path | Sequence[str | Path]) -> Checkpoint:
@@ -119,7 +134,8 @@ def open_checkpoint(source: str | Path | Sequence[str | Path]) -> Checkpoint:
                     f"The key {key!r} is in {tensors[key].file} and in {file}; which of the two counts is "
                     "undefined. Give the files of one checkpoint only."
                 )
-            tensors[key] = StoredTensor(file=file, key=key, entry=entry)
+            offset = header.data_start + entry.start
+            tensors[key] = StoredTensor(file=file, key=key, entry=entry, offset=offset)
     if not tensors:
         raise ValueError(f"{', '.join(map(str, files))} holds no tensors.")
     _check_index(files, tensors)
@@ -181,6 +197,26 @@ def quote(names: Iterable[object], limit: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(repr(name) if isinstance(name, str) else str(name) for name in listed[:limit]) + more
+
+
+def _read(file: BinaryIO, tensor: StoredTensor) -> Tensor:
+    """Map one tensor. One mapping per tensor, and not per file as safetensors does: Linux refuses to map more
+    than the machine's memory at once, and a 41 GB file must load on a smaller machine."""
+    entry = tensor.entry
+    if entry.dtype not in DTYPES:
+        raise ValueError(
+            f"{tensor.file}: {tensor.key!r} has the type {entry.dtype}, which torch does not have."
+        )
+    dtype, num_elements = DTYPES[entry.dtype], math.prod(entry.shape)
+    if num_elements == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    length = entry.end - entry.start
+    if tensor.offset % dtype.itemsize:  # behind a tensor of odd length
+        file.seek(tensor.offset)
+        return torch.frombuffer(bytearray(file.read(length)), dtype=dtype).reshape(entry.shape)
+    inside = tensor.offset % mmap.ALLOCATIONGRANULARITY
+    pages = mmap.mmap(file.fileno(), inside + length, access=mmap.ACCESS_COPY, offset=tensor.offset - inside)
+    return torch.frombuffer(pages, dtype=dtype, count=num_elements, offset=inside).reshape(entry.shape)
 
 
 def _siblings(files: list[Path]) -> list[Path]:

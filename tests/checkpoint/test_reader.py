@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_qwenimage.checkpoint import from_tensors, open_checkpoint, shard_problem, weight_files
 
@@ -45,6 +45,51 @@ def test_a_single_file_and_tensors_in_memory(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     assert_reads(str(tmp_path / "x.safetensors"), tensors)
     assert all(torch.equal(value, tensors[name]) for name, value in from_tensors(tensors).read())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    + [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64],
+)
+def test_every_type_and_shape_is_read_as_safetensors_reads_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = (torch.arange(3000) % 7).to(torch.float32).to(dtype)
+    tensors = {
+        "a": values,
+        "b": values[:6].reshape(1, 2, 3),
+        "scalar": values[1],
+        "none": values[:0].reshape(0, 4),
+    }
+    save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    expected = load_file(tmp_path / "x.safetensors")
+    read = dict(open_checkpoint(tmp_path / "x.safetensors").read())
+    assert {name: (value.dtype, value.shape) for name, value in read.items()} == {
+        name: (value.dtype, value.shape) for name, value in expected.items()
+    }
+    assert all(torch.equal(read[n].view(torch.uint8), expected[n].view(torch.uint8)) for n in ("a", "b"))
+    assert torch.equal(read["scalar"].to(torch.complex64), expected["scalar"].to(torch.complex64))
+
+
+def test_a_tensor_behind_one_of_odd_length_is_read(tmp_path: Path) -> None:
+    entries = {
+        "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "weight": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+    }
+    header = json.dumps(entries).encode()
+    data = bytes([1, 2, 3]) + struct.pack("<ff", 0.5, -2.0)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    read = dict(open_checkpoint(tmp_path / "x.safetensors").read())
+    assert read["weight"].tolist() == [0.5, -2.0] and read["odd"].tolist() == [1, 2, 3]
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(5000)}, file)
+    before = file.read_bytes()
+    tensor = dict(open_checkpoint(file).read())["a"]
+    tensor += 1
+    assert tensor.sum() == 5000
+    assert file.read_bytes() == before
 
 
 def test_variants_beside_the_main_file_are_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from model_files import PUBLISHED_HEADS, tiny_tokenizer, tiny_transformer, tiny_
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffusers_qwenimage.checkpoint import empty_module
 from diffusers_qwenimage.loading import (
     Components,
     default_checkpoint,
@@ -242,3 +244,21 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     float32, bfloat16 = (int(value) / size for value in output.split())
     assert float32 < 0.2, "nothing is copied"
     assert bfloat16 < 0.8, "half of the file's size, and one tensor"
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_the_memory_loads(tmp_path: Path) -> None:
+    """The true transformer, 40.9 GB as one ComfyUI file; sparse, so that it takes no room on the disk."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, value in empty_module(QwenImageTransformer2DModel).state_dict().items():
+        start, end = end, end + 2 * value.numel()
+        entry = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [start, end]}
+        entries[f"model.diffusion_model.{name}"] = entry
+    header = json.dumps(entries).encode()
+    with (tmp_path / "big.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + end)
+    model = load_transformer(tmp_path / "big.safetensors", dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 20_430_401_088
+    assert model.transformer_blocks[59].img_mod[1].weight.sum() == 0
