@@ -10,7 +10,8 @@ Exit codes: 0 done; 2 the arguments or their files are not usable (one line on s
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NoReturn
@@ -34,19 +35,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, of `argv` or of the process, and return its exit code."""
-    verbose = False
     try:
         arguments = build_parser().parse_args(argv)
-        verbose = arguments.verbose
-        logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
-        code: int = arguments.run(arguments)
-        return code
+        with log_to_stderr(verbose=arguments.verbose):
+            code: int = arguments.run(arguments)
+            return code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        if verbose and not isinstance(error, UsageError):
-            logging.getLogger(__name__).info("Where the error came from:", exc_info=error)
         print(f"qwenimage: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -67,3 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
         if find_spec(f"{__name__}.{name}"):
             import_module(f"{__name__}.{name}").add_parser(subparsers)
     return parser
+
+
+@contextmanager
+def log_to_stderr(*, verbose: bool) -> Iterator[None]:
+    """Show the package's warnings, and if `verbose` all it says and where an error came from."""
+    logger = logging.getLogger("diffusers_qwenimage")
+    level, handler = logger.level, logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    except (ValueError, OSError):
+        logger.info("Where the error came from:", exc_info=True)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -95,6 +95,16 @@ def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> Non
     assert "invalid choice: 'paint'" in capsys.readouterr().err
 
 
+def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "a cat", "--init-image", "gone.png"]
+    assert main(command) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--verbose", *command]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Where the error came from:\nTraceback")
+    assert err.splitlines()[-1].startswith("qwenimage: error: gone.png does not exist")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from diffusers_qwenimage.cli import build_parser; build_parser().format_help(); "
