@@ -46,6 +46,7 @@ class HubServer:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    commits: dict[str, str] = field(default_factory=dict)
     endpoint: str = ""
     _server: ThreadingHTTPServer | None = None
 
@@ -103,13 +104,13 @@ class HubHandler(BaseHTTPRequestHandler):
         path, query = unquote(url.path), parse_qs(url.query)
         if fault := self.hub.fault_of("*"):
             self.fail(fault)
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             files = [{"rfilename": name} for name in self.files(found[1])]
-            self.answer(found[1], {"id": found[1], "sha": COMMIT, "siblings": files})
+            self.answer(found[1], {"id": found[1], "sha": self.commit_of(found[2]), "siblings": files})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/.*)?", path):
             self.answer(found[1], [self.hugging_face_entry(*item) for item in self.files(found[1]).items()])
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self.send_file(found[1], found[2])
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.send_file(found[1], found[3], found[2])
         elif found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo/files", path):
             entries = [self.modelscope_entry(*item) for item in self.files(found[1]).items()]
             self.answer(found[1], {"Code": 200, "Success": True, "Data": {"Files": entries}})
@@ -142,12 +143,19 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-    def send_file(self, model_id: str, name: str) -> None:
+    def commit_of(self, revision: str | None) -> str:
+        known = self.hub.commits.get(revision or "main", COMMIT)
+        return revision if revision in self.hub.commits.values() else known
+
+    def send_file(self, model_id: str, name: str, revision: str | None = None) -> None:
         files = self.files(model_id)
         if name not in files:
             return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound" if files else "RepoNotFound"})
         whole = files[name]
-        headers = {"ETag": f'"{hashlib.sha256(whole).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        headers = {
+            "ETag": f'"{hashlib.sha256(whole).hexdigest()}"',
+            "X-Repo-Commit": self.commit_of(revision),
+        }
         fault = self.hub.fault_of(name) if self.command == "GET" else None
         if fault and (fault.status or fault.redirect):
             return self.fail(fault)

@@ -13,6 +13,7 @@ from .reader import Checkpoint, from_tensors, quote
 from .recognise import find_components, read_component
 from .scaled import FLOAT8, ScaledCheckpoint, apply_scale, split_scales
 
+COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -99,6 +100,11 @@ def read_weights(
 def _read(
     scaled: ScaledCheckpoint, *, dtype: torch.dtype | None, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
+    if dtype is not None and dtype not in COMPUTE_TYPES:
+        raise ValueError(
+            f"Weights cannot be loaded as {dtype!r}; give one of {quote(COMPUTE_TYPES)}. (To store them "
+            "in fp8, scales are needed: a plain cast loses small weights.)"
+        )
     float8 = [name for name, stored in scaled.weights.tensors.items() if stored.entry.dtype in FLOAT8]
     if dtype is None and float8:
         raise ValueError(

@@ -240,6 +240,14 @@ def test_weights_arrive_in_the_wanted_type(dtype: torch.dtype | None, tmp_path: 
     assert all(torch.equal(v, expected[k].to(v.dtype)) for k, v in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_types_that_cannot_be_computed_in_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="Weights cannot be loaded as .*bfloat16"):
+        load_transformer_file(
+            QwenImageTransformer2DModel, state(tiny_transformer(**PUBLISHED_HEADS)), dtype=dtype
+        )
+
+
 # Tensors and parameters of the published models.
 PUBLISHED = {
     "transformer": (1933, 20_430_401_088),

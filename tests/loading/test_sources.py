@@ -305,6 +305,21 @@ def test_two_downloads_at_once_do_not_disturb_each_other(
     assert results == [expected, expected]
 
 
+@both_hubs
+def test_a_revision_is_asked_for_and_cached_apart(name: Hub, served: HubServer, tmp_path: Path) -> None:
+    first = find_files(MODEL, "vae/", hub=name)
+    served.requests.clear()
+    commit = "2" * 40
+    served.commits["v2"] = commit
+    served.repositories[MODEL]["vae/diffusion_pytorch_model.safetensors"] = save({"v": torch.ones(10)})
+    second = find_files(MODEL, "vae/", hub=name, revision="v2")
+    assert any("v2" in request.path for request in served.requests)
+    assert first[0].read_bytes() != second[0].read_bytes()
+    served.stop()
+    assert find_files(MODEL, "vae/", hub=name) == first
+    assert find_files(MODEL, "vae/", hub=name, revision="v2") == second
+
+
 def test_both_hubs_list_the_same(served: HubServer) -> None:
     listings = [{file.path: file for file in HUBS[name].list_files(MODEL, None)} for name in HUB_NAMES]
     assert listings[0].keys() == listings[1].keys() == served.repositories[MODEL].keys()
