@@ -193,18 +193,18 @@ class QwenImagePipeline:
         self, prompt: str, negative: str, *, guided: bool
     ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
         texts = [prompt, negative] if guided else [prompt]
-        for text in texts:
-            self._check_prompt(text)
+        if kinds := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+            raise ValueError(
+                f"A prompt must be one text, got {kinds[0]}. Call once per prompt, or use "
+                "diffusers_qwenimage.QwenImagePipeline for batches."
+            )
         embeds = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, texts, device=self.device)
+        for text in texts:
+            self._warn_if_cut(text)
         cast = [tensor.to(self.torch_dtype) for tensor in embeds]
         return cast[:1], cast[1:] or None
 
-    def _check_prompt(self, text: str) -> None:
-        if not isinstance(text, str):
-            raise ValueError(
-                f"A prompt must be one text, got {type(text).__name__}. Call once per prompt, or use "
-                "diffusers_qwenimage.QwenImagePipeline for batches."
-            )
+    def _warn_if_cut(self, text: str) -> None:
         num_tokens = len(self.tokenizer(TEXT_TO_IMAGE.text.format(text)).input_ids)
         limit = MAX_PROMPT_TOKENS + TEXT_TO_IMAGE.prefix_tokens
         if num_tokens > limit:

@@ -352,6 +352,7 @@ def test_tqdm_is_the_default_bar(pipe: QwenImagePipeline, capsys: pytest.Capture
     [
         ({"prompt": ["a", "b"]}, "one text, got list"),
         ({"negative_prompt": None, "cfg_scale": 2.0}, "one text, got NoneType"),
+        ({"prompt": "\ud800"}, "no valid Unicode"),
         ({"denoising_strength": 0.5}, "there is no input_image"),
         ({"denoising_strength": 1.5}, "between 0 and 1"),
         ({"denoising_strength": float("nan")}, "between 0 and 1"),
