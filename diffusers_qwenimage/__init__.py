@@ -17,6 +17,7 @@ __all__ = [
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
     "__version__",
+    "default_checkpoint",
     "register",
 ]
 
@@ -26,6 +27,7 @@ _MODULES = {
     "QwenImageInpaintPipeline": "diffusers_qwenimage.pipelines",
     "QwenImagePipeline": "diffusers_qwenimage.pipelines",
     "QwenImageTransformer2DModel": "diffusers_qwenimage.transformer",
+    "default_checkpoint": "diffusers_qwenimage.loading",
     "register": "diffusers_qwenimage.registry",
     # diffusers looks these base classes up here when it loads a component of ours.
     "DiffusionPipeline": "diffusers",

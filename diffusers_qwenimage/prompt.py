@@ -61,7 +61,7 @@ class PromptEncoder:
         """
         if text_encoder is None or tokenizer is None:
             raise ValueError("This pipeline has no text encoder or no tokenizer; pass prompt_embeds instead.")
-        self._check_tokenizer(tokenizer)
+        self.check_tokenizer(tokenizer)
         self._follow(text_encoder)
         state = _state_of(text_encoder)
         keys = [(text, state, device) for text in prompts]
@@ -100,8 +100,12 @@ class PromptEncoder:
         ]
         return ids
 
-    def _check_tokenizer(self, tokenizer: Any) -> None:
-        """Catch an empty or foreign tokenizer here, not as a strange picture later."""
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Catch an empty or foreign tokenizer here, not as a strange picture later.
+
+        Raises:
+            ValueError: if the template's prefix has another number of tokens than Qwen's tokenizer makes.
+        """
         if self._checked is not None and self._checked() is tokenizer:
             return
         prefix = self.template.text.split("{}")[0]

@@ -8,6 +8,7 @@ from .components import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    model_folder,
 )
 from .hubs import DownloadError, Hub
 from .sources import find_files
@@ -26,4 +27,5 @@ __all__ = [
     "load_tokenizer",
     "load_transformer",
     "load_vae",
+    "model_folder",
 ]

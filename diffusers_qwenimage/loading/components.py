@@ -78,7 +78,7 @@ def load_components(
         DownloadError: if a hub cannot deliver.
         ValueError: if the source is not a Qwen-Image model, or files do not fit together.
     """
-    folder = _model_folder(
+    folder = model_folder(
         source, hub=hub, revision=revision, local_only=local_only, skip_transformer=transformer is not None
     )
     _check_index(folder / MODEL_INDEX)
@@ -181,9 +181,15 @@ def default_checkpoint() -> Path:
     return folder
 
 
-def _model_folder(
-    source: str | Path, *, hub: Hub, revision: str | None, local_only: bool, skip_transformer: bool
+def model_folder(
+    source: str | Path,
+    *,
+    hub: Hub = "huggingface",
+    revision: str | None = None,
+    local_only: bool = False,
+    skip_transformer: bool = False,
 ) -> Path:
+    """The folder of a whole model, downloaded if need be; arguments and errors as of `load_components`."""
     path = Path(source)
     if path.is_dir():
         return path

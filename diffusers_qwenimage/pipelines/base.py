@@ -4,6 +4,7 @@ A pipeline's `__call__` checks its arguments, has `prepare_...` make `DenoiseInp
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,17 +12,18 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import QwenImageLoraLoaderMixin
 from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
+from diffusers_qwenimage.loading import model_folder
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder, pad, unpad
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
+from .lora import QwenImageLoraMixin
 from .text import Text, check_text, guidance_is_on, join_negative
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ OUR_CLASSES = {"transformer": "QwenImageTransformer2DModel", "vae": "Autoencoder
 CallbackOnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraLoaderMixin):
+class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
     """Base of the pipelines.
 
     Args:
@@ -80,6 +82,25 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraLoaderMixin):
         self._current_timestep: Tensor | None = None
 
     # --- loading and saving: our classes in memory, diffusers' names on disk ---
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a pipeline, as in diffusers; `modelscope:ORG/NAME` comes from ModelScope.
+
+        Args:
+            pretrained_model_name_or_path: folder in diffusers' layout, Hub id, or `modelscope:ORG/NAME`.
+            kwargs: as in diffusers: dtype, device_map, components by name, revision...
+
+        Raises:
+            ValueError: if the tokenizer is not Qwen's (a folder without its files gives one without a word).
+        """
+        source = str(pretrained_model_name_or_path)
+        if source.startswith("modelscope:"):
+            source = str(model_folder(source, revision=kwargs.pop("revision", None)))
+        pipeline = super().from_pretrained(source, **kwargs)
+        if isinstance(pipeline, cls) and pipeline.tokenizer is not None:
+            pipeline._prompt_encoder.check_tokenizer(pipeline.tokenizer)
+        return pipeline
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """What we load, save and register: stock folders load as ours, ours load in stock diffusers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -123,6 +124,16 @@ def test_register_in_a_new_process(model_folder):
 def test_nothing_is_registered_by_importing():
     assert diffusers_qwenimage.QwenImagePipeline is not diffusers.QwenImagePipeline
     assert diffusers_qwenimage.QwenImageTransformer2DModel is not diffusers.QwenImageTransformer2DModel
+
+
+def test_folder_without_tokenizer_files_is_refused(model_folder, tmp_path):
+    """transformers gives a tokenizer of one token here, and stock fails far away, in a reshape."""
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    for file in (broken / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(ValueError, match="not Qwen's, or its files are missing"):
+        QwenImagePipeline.from_pretrained(broken)
 
 
 def test_single_file_transformer(model_folder, tmp_path):
