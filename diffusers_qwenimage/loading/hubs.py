@@ -75,7 +75,7 @@ class HuggingFace:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        with _explained("Hugging Face", model_id):
+        with explained("Hugging Face", model_id):
             tree = list(HfApi().list_repo_tree(model_id, recursive=True, revision=revision))
         return [
             RemoteFile(
@@ -98,7 +98,7 @@ class HuggingFace:
     ) -> Path:
         from huggingface_hub import snapshot_download
 
-        with _explained("Hugging Face", model_id):
+        with explained("Hugging Face", model_id):
             path = snapshot_download(
                 model_id,
                 revision=revision,
@@ -124,7 +124,7 @@ class ModelScope:
     def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
         from modelscope_hub import HubApi
 
-        with _explained("ModelScope", model_id):
+        with explained("ModelScope", model_id):
             entries = HubApi().list_repo_files(model_id, "model", revision=revision)
         return [
             RemoteFile(path=_checked(entry.path, model_id), size=entry.size, sha256=entry.sha256)
@@ -144,7 +144,7 @@ class ModelScope:
         from modelscope_hub import HubApi
 
         # `again` needs nothing here: the client compares existing files with the hub's SHA-256.
-        with _explained("ModelScope", model_id):
+        with explained("ModelScope", model_id):
             return HubApi().download_repo(
                 model_id,
                 "model",
@@ -167,7 +167,8 @@ def _checked(path: str, model_id: str) -> str:
 
 
 @contextmanager
-def _explained(hub: str, model_id: str) -> Iterator[None]:
+def explained(hub: str, model_id: str) -> Iterator[None]:
+    """Turn whatever a hub's client raises for a failed transfer into a `DownloadError`."""
     try:
         yield
     except DownloadError:
