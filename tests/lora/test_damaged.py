@@ -191,7 +191,7 @@ def key_cases() -> Iterator[tuple[str, bytes]]:
         "transformer_blocks.999999.attn.to_q.lora_down.weight",
         "bundle_emb.token.default",
     ):
-        yield f"key {key[:40]!r}", content({**good(), key: factor})
+        yield f"key {key[:60]!r}", content({**good(), key: factor})
     for prefix in (
         "transformer.",
         "diffusion_model.",
