@@ -4,6 +4,7 @@ Qwen-Image conditions on the last hidden states of Qwen2.5-VL over a chat messag
 part before the prompt are dropped. Embeddings are lists of one tensor [T_i, width] per prompt: no padding.
 """
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,11 @@ class PromptEncoder:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"The prompt {prompt!r} is no valid Unicode text: {error.reason}.") from error
+        ids: list[int] = tokenizer(self.template.text.format(prompt))["input_ids"]
         limit = MAX_PROMPT_TOKENS + self.template.prefix_tokens
-        ids: list[int] = tokenizer(self.template.text.format(prompt), max_length=limit, truncation=True)[
-            "input_ids"
-        ]
-        return ids
+        if len(ids) > limit:
+            logger.warning("A prompt is too long: its last %d tokens are cut off.", len(ids) - limit)
+        return ids[:limit]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Catch an empty or foreign tokenizer here, not as a strange picture later.

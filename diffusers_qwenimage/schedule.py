@@ -63,7 +63,7 @@ def set_timesteps(
         raise ValueError(f"strength must be between 0 and 1, got {strength}.")
     mu = {"mu": resolution_shift(num_tokens, scheduler.config)} if "mu" in accepted else {}
     if len(sigmas) == 1 and scheduler.config.get("shift_terminal"):
-        _set_single_step(scheduler, float(sigmas[0]), device)
+        _set_single_step(scheduler, float(sigmas[0]), device, **mu)
     else:
         scheduler.set_timesteps(sigmas=sigmas, device=device, **mu)
     num_steps = len(scheduler.timesteps) // scheduler.order
@@ -78,9 +78,13 @@ def set_timesteps(
     return timesteps
 
 
-def _set_single_step(scheduler: Any, sigma: float, device: str | torch.device | None) -> None:
-    """One step from `sigma` to 0. Stretching a single sigma to the terminal would divide zero by zero."""
-    scheduler.set_timesteps(sigmas=[sigma, sigma / 2], device=device, mu=0.0)
+def _set_single_step(
+    scheduler: Any, sigma: float, device: str | torch.device | None, mu: float | None = None
+) -> None:
+    """One step from `sigma`, shifted, to 0. Stretching a single sigma to the terminal divides zero by zero."""
+    scheduler.set_timesteps(sigmas=[sigma, sigma / 2], device=device, **({} if mu is None else {"mu": mu}))
+    if mu is not None and scheduler.config.get("use_dynamic_shifting"):
+        sigma = float(scheduler.time_shift(mu, 1.0, np.float32(sigma)))
     scheduler.sigmas = torch.tensor([sigma, 0.0], dtype=torch.float32)
     scheduler.timesteps = torch.tensor([sigma], dtype=torch.float32, device=device) * 1000
     scheduler.num_inference_steps = 1

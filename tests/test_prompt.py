@@ -97,9 +97,10 @@ def test_hooks_on_the_whole_module_still_run(encoder):
     hook.remove()
 
 
-def test_long_prompt_is_cut_by_the_tokenizer(encoder):
+def test_long_prompt_is_cut_with_a_warning(encoder, caplog):
     embeds = PromptEncoder().encode(*encoder, ["word " * 3000], device=CPU)[0]
     assert embeds.shape == (1024, 16)
+    assert "tokens are cut off" in caplog.text
 
 
 def test_a_tokenizer_that_is_not_qwens_is_refused(encoder, tmp_path):

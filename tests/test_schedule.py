@@ -48,6 +48,13 @@ def test_a_single_step_goes_from_its_sigma_to_zero():
     assert torch.equal(ours.step(velocity, ours.timesteps[0], noise).prev_sample, noise - velocity)
 
 
+def test_a_single_step_below_one_is_shifted_by_resolution():
+    ours = scheduler()
+    timestep = set_timesteps(ours, even_sigmas(1, first=0.5), num_tokens=4096).item()
+    shift = np.exp(resolution_shift(4096, ours.config))
+    assert timestep == pytest.approx(1000 * shift / (shift + 1), abs=1e-2)
+
+
 def test_schedule_without_terminal_shift():
     lightning = FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256,

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.images import open_image
 from diffusers_qwenimage.loading import load_scheduler
+from diffusers_qwenimage.pipelines.adapters import attach_lora, detach_loras, open_lora
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
 
 from .model_config import ModelConfig
-from .models import PATTERNS, find_tokenizer, load_models
+from .models import PATTERNS, find_tokenizer, load_models, lora_file
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,37 @@ class QwenImagePipeline:
             "diffusers_qwenimage.QwenImagePipeline with enable_model_cpu_offload() or enable_group_offload()."
         )
 
+    def load_lora(
+        self,
+        module: Any,
+        lora_config: ModelConfig | str | Path | None = None,
+        alpha: float = 1,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add a LoRA of any format to `module` (`pipe.dit`); several add up. `clear_lora` takes them off.
+
+        Args:
+            lora_config: the file, or a `ModelConfig` that names one.
+            alpha: strength; multiplies the scale that the file has itself.
+            state_dict: the tensors of the file, instead of `lora_config`.
+
+        Raises:
+            ValueError: if the file is not understood, does not fit, or changes nothing in the module.
+        """
+        if module is None or module is not self.dit:
+            raise ValueError("LoRA files change the transformer: pass pipe.dit, of a pipeline that has one.")
+        if (lora_config is None) == (state_dict is None):
+            raise ValueError("Give either lora_config (a file) or state_dict.")
+        source = state_dict if lora_config is None else lora_file(lora_config)
+        assert source is not None
+        attach_lora(module, open_lora(source), strength=alpha)
+
+    def clear_lora(self) -> None:
+        """Remove every LoRA; the weights are those that were loaded."""
+        if self.dit is not None:
+            detach_loras(self.dit)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -123,6 +156,8 @@ class QwenImagePipeline:
         tile_size: int | tuple[int, int] = 128,
         tile_stride: int | tuple[int, int] = 64,
         progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = tqdm,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Image.Image:
         """Make one picture.
 
@@ -140,6 +175,7 @@ class QwenImagePipeline:
             tiled: run the VAE in tiles, with less memory and small differences.
             tile_size, tile_stride: in latent pixels (8 image pixels), one number or (height, width).
             progress_bar_cmd: wraps the steps, as `tqdm` does; `lambda x: x` shows nothing.
+            generator: draws the noise, on its own device; instead of `seed` and `rand_device`.
 
         Raises:
             ValueError: for arguments that cannot be met, or if a model that is needed was not loaded.
@@ -152,7 +188,7 @@ class QwenImagePipeline:
         if not math.isfinite(cfg_scale):
             raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale}.")
         text, negative = self._encode(prompt, negative_prompt, guided=cfg_scale > 1)
-        noise = self._noise(rows, columns, seed, rand_device)
+        noise = self._noise(rows, columns, seed, rand_device, generator)
         sigmas = even_sigmas(num_inference_steps, denoising_strength or 1.0)
         with _tiles(self.vae, tiled, tile_size, tile_stride):
             clean = None if picture is None else self._encode_image(picture)
@@ -210,12 +246,22 @@ class QwenImagePipeline:
         if num_tokens > limit:
             logger.warning("The prompt is too long: its last %d tokens are cut off.", num_tokens - limit)
 
-    def _noise(self, rows: int, columns: int, seed: int | None, rand_device: str | torch.device) -> Tensor:
+    def _noise(
+        self,
+        rows: int,
+        columns: int,
+        seed: int | None,
+        rand_device: str | torch.device,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         """Packed noise [1, rows * columns, 4 z], drawn as [1, z, height / 8, width / 8] in `torch_dtype`."""
         if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**64):
             raise ValueError(f"seed must be a whole number of 64 bits or None, got {seed!r}.")
-        where = _device(rand_device)
-        generator = None if seed is None else torch.Generator(where).manual_seed(int(seed))
+        if seed is not None and generator is not None:
+            raise ValueError("Give either seed or generator, not both.")
+        where = _device(rand_device) if generator is None else generator.device
+        if seed is not None:
+            generator = torch.Generator(where).manual_seed(int(seed))
         channels = self.dit.config.in_channels // packing.PATCH**2
         shape = (1, channels, rows * packing.PATCH, columns * packing.PATCH)
         noise = torch.randn(shape, generator=generator, device=where, dtype=self.torch_dtype)

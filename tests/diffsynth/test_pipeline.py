@@ -268,6 +268,10 @@ def test_seeds(pipe: QwenImagePipeline) -> None:
     assert np.array_equal(first, pixels(pipe("a", seed=0, **SMALL)))
     assert np.array_equal(first, pixels(pipe("a", seed=np.int64(0), **SMALL)))  # type: ignore[arg-type]
     assert not np.array_equal(first, pixels(pipe("a", seed=1, **SMALL)))
+    own = torch.Generator().manual_seed(0)
+    assert np.array_equal(first, pixels(pipe("a", generator=own, **SMALL)))
+    with pytest.raises(ValueError, match="either seed or generator"):
+        pipe("a", seed=0, generator=own, **SMALL)
     assert not np.array_equal(pixels(pipe("a", **SMALL)), pixels(pipe("a", **SMALL)))
 
 
