@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 logger = logging.getLogger(__name__)
 
 

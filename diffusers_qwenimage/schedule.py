@@ -81,7 +81,7 @@ def set_timesteps(
 def _set_single_step(
     scheduler: Any, sigma: float, device: str | torch.device | None, mu: float | None = None
 ) -> None:
-    """One step from `sigma`, shifted, to 0. Stretching a single sigma to the terminal divides zero by zero."""
+    """One step from `sigma`, shifted, to 0. Stretching one sigma to the terminal divides zero by zero."""
     scheduler.set_timesteps(sigmas=[sigma, sigma / 2], device=device, **({} if mu is None else {"mu": mu}))
     if mu is not None and scheduler.config.get("use_dynamic_shifting"):
         sigma = float(scheduler.time_shift(mu, 1.0, np.float32(sigma)))
