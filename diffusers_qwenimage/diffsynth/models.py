@@ -64,6 +64,16 @@ def find_tokenizer(config: ModelConfig) -> Any:
     return load_tokenizer(first if first.is_dir() or not first.is_file() else first.parent)
 
 
+def lora_file(source: ModelConfig | str | Path) -> Path:
+    """The LoRA file that is meant, on the disk afterwards; raises ValueError if it is not one file."""
+    if not isinstance(source, ModelConfig):
+        return Path(source)
+    files = [file for group in source.find() for file in group if file.suffix == ".safetensors"]
+    if len(files) != 1:
+        raise ValueError(f"The ModelConfig of a LoRA must name one .safetensors file, it names {len(files)}.")
+    return files[0]
+
+
 def _checkpoints(config: ModelConfig) -> list[Checkpoint]:
     """One checkpoint per group of files. A whole repository also holds files that are no weights."""
     if config.path is not None:
