@@ -63,7 +63,7 @@ def is_short(scale: Fraction | None) -> bool:
 
 def _product_is_exact(factor: Tensor, scale: float, dtype: torch.dtype) -> bool:
     product = factor.double() * scale
-    return bool((product.to(dtype).double() == product).all())
+    return torch.equal(product.to(dtype).double(), product)
 
 
 def _folded(update: LoraUpdate, role: str, scale: float, dtype: torch.dtype, *, exact: bool) -> Folded:

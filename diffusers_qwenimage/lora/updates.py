@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,10 +148,28 @@ class LoraUpdate:
 def load_finite(tensor: StoredTensor) -> Tensor:
     """Read a tensor; raises ValueError if it holds NaN or infinity."""
     data = tensor.load()
-    checked = data.float() if data.dtype.itemsize == 1 else data
-    if not bool(torch.isfinite(checked).all()):
+    if not all_finite(data):
         raise ValueError(f"{tensor.key} holds NaN or infinity; the file is damaged or its training diverged.")
     return data
+
+
+def all_finite(data: Tensor) -> bool:
+    """Whether no number is NaN or infinite, from the exponent bits: one quick pass in any type."""
+    if data.dtype not in _EXPONENTS or not data.numel():
+        return True  # integers
+    integer, mask = _EXPONENTS[data.dtype]
+    bits = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(integer)
+    return bool(np.bitwise_and(bits, mask).max() != mask)
+
+
+def equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same type, number of elements and bits."""
+    if first.dtype != second.dtype or first.numel() != second.numel():
+        return False
+    one, two = (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)
+    )
+    return one.numpy().tobytes() == two.numpy().tobytes()
 
 
 def change_shape(kind: Kind, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...] | None:
@@ -176,5 +195,15 @@ def _lokr_factor_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tupl
     return shapes[name] if name in shapes else (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
 
 
+# An unsigned integer of the size of each type, and the exponent bits, which are all set in NaN and infinity
+# (E4M3 has no infinity; its NaN has all bits set but the sign).
+_EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
+    torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
+    torch.float32: (np.uint32, 0x7F80_0000),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float16: (np.uint16, 0x7C00),
+    torch.float8_e5m2: (np.uint8, 0x7C),
+    torch.float8_e4m3fn: (np.uint8, 0x7F),
+}
 # Where the rank is found, in the order in which LyCORIS looks for it.
 _RANK_AXES = (("down", 0), ("embedding_down", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("hada_w1_b", 0))

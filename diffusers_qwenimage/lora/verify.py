@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusers_qwenimage.lora.factors import expanded_factors, is_short
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.read import LoraFile
-from diffusers_qwenimage.lora.updates import LoraUpdate
+from diffusers_qwenimage.lora.updates import LoraUpdate, equal_bits
 
 EPSILON = torch.finfo(torch.float64).eps
 NUM_ROUNDINGS = 64  # a QR factorisation errs by a small multiple of epsilon; its constant is far below this
@@ -181,20 +181,17 @@ def _same_bits(first: LoraUpdate, second: LoraUpdate) -> bool:
     roles = set(first.tensors) - {"alpha"}
     if first.kind != second.kind or roles != set(second.tensors) - {"alpha"}:
         return False
-    if any(first.tensors[role].dtype != second.tensors[role].dtype for role in roles):
+    if any(_stored_shape(first, role) != _stored_shape(second, role) for role in roles):
         return False
-    return all(
-        _equal_bits(first.load(role), second.load(role), flatten=role == "magnitude") for role in roles
-    )
+    return all(equal_bits(first.load(role), second.tensors[role].load()) for role in sorted(roles))
 
 
-def _equal_bits(first: Tensor, second: Tensor, *, flatten: bool) -> bool:
-    if flatten:
-        first, second = first.reshape(-1), second.reshape(-1)
-    if first.shape != second.shape:
-        return False
-    first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
-    return torch.equal(first, second)
+def _stored_shape(update: LoraUpdate, role: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of a tensor; a magnitude may be [out] or [out, 1]."""
+    tensor = update.tensors[role]
+    if role == "magnitude" and update.magnitude_axis == "output":
+        return tensor.dtype, tensor.shape[:1]
+    return tensor.dtype, tensor.shape
 
 
 def _proved_equal(first: LoraUpdate, second: LoraUpdate) -> bool:
@@ -215,21 +212,16 @@ def _proved_equal(first: LoraUpdate, second: LoraUpdate) -> bool:
         return torch.equal(up1, up2) and torch.equal(down1, down2)
     if not is_short(scale1.exact) or not is_short(scale2.exact):
         return False
-    if not (_fits_fp32(up1, down1) and _fits_fp32(up2, down2)):
+    if not all(_fits_fp32(factor) for factor in (up1, down1, up2, down2)):
         return False
-    pairs = (
-        ((up1 * scale1.value, up2 * scale2.value), (down1, down2)),
-        (
-            (up1, up2),
-            (down1 * scale1.value, down2 * scale2.value),
-        ),
-    )
-    return any(all(torch.equal(left, right) for left, right in pair) for pair in pairs)
+    if torch.equal(down1, down2):
+        return torch.equal(up1 * scale1.value, up2 * scale2.value)
+    return torch.equal(up1, up2) and torch.equal(down1 * scale1.value, down2 * scale2.value)
 
 
-def _fits_fp32(*tensors: Tensor) -> bool:
+def _fits_fp32(factor: Tensor) -> bool:
     """Whether products with a short scale are exact in fp64."""
-    return all(torch.equal(tensor, tensor.float().double()) for tensor in tensors)
+    return torch.equal(factor, factor.float().double())
 
 
 def _plain_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
