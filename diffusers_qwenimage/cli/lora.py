@@ -1,10 +1,12 @@
-"""`qwenimage lora`: look into LoRA files, convert them, and compare them.
+"""`qwenimage lora`: look into LoRA files, convert, compare, merge, resize, extract, bake and repair them.
 
 Exit codes: 0 done or exactly equal, 1 the files differ, 2 refused or bad input (one line on stderr says why).
 """
 
 import argparse
 from importlib import import_module
+
+from diffusers_qwenimage.cli.lora_tools import add_tools
 
 COMMANDS_MODULE = "diffusers_qwenimage.cli.lora_commands"
 # Written out so that --help need not import torch; a test holds them equal to the targets of the library.
@@ -26,25 +28,20 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     """Add `lora` and its commands to a command line."""
     parser = subparsers.add_parser(
         "lora",
-        help="inspect, convert and compare LoRA files",
-        description="Look into LoRA files of Qwen-Image, convert them between formats, and compare them.",
+        help="inspect, convert, compare, merge, resize, extract, bake and repair LoRA files",
+        description="Look into LoRA files of Qwen-Image, convert them between formats, and work with them.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_inspect(commands)
     _add_convert(commands)
     _add_compare(commands)
+    add_tools(commands, _add, TARGET_NAMES)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; returns the exit code."""
     code: int = getattr(import_module(arguments.module), arguments.function)(arguments)
     return code
-
-
-def _add_inspect(commands: "Subparsers[argparse.ArgumentParser]") -> None:
-    parser = _add(commands, "inspect", "say what a file holds")
-    parser.add_argument("input", help=".safetensors file or PEFT adapter folder")
 
 
 def _add_convert(commands: "Subparsers[argparse.ArgumentParser]") -> None:

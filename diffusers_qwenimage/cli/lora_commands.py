@@ -11,20 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from diffusers_qwenimage.lora.convert import Conversion, convert_lora
-from diffusers_qwenimage.lora.read import parse_lora, read_lora
+from diffusers_qwenimage.lora.read import read_lora
 from diffusers_qwenimage.lora.render import Options
-from diffusers_qwenimage.lora.report import report, report_lines
 from diffusers_qwenimage.lora.verify import Comparison, compare_files, worst
 
 EXIT_DONE, EXIT_DIFFERS, EXIT_REFUSED = 0, 1, 2
 NUM_WORST = 20  # modules that `diff` lists
-
-
-def inspect(arguments: argparse.Namespace) -> int:
-    """Say what a file holds."""
-    facts = report(parse_lora(arguments.input))
-    write_result(arguments, facts.as_json(), report_lines(facts))
-    return EXIT_REFUSED if facts.problems else EXIT_DONE
 
 
 def convert(arguments: argparse.Namespace) -> int:

@@ -63,14 +63,7 @@ def test_mixed_halves(tmp_path: Path) -> None:
 def test_the_same_tensor_twice(tmp_path: Path) -> None:
     bare, prefixed = (lora_tensors(name, modules=TWO) for name in ("opensource", "onetrainer-legacy"))
     texts = repaired({**bare, **prefixed}, tmp_path)
-    assert (
-        texts
-        == [
-            "6 tensors were there twice with the same bits, such as transformer.transformer_blocks.0."
-            "attn.to_k.alpha"
-        ]
-        or "twice" in texts[0]
-    )  # the order is that of the file
+    assert texts[0].startswith("6 tensors were there twice with the same bits, such as transformer")
     other = lora_tensors("onetrainer-legacy", modules=TWO, seed=5)
     save_file({**bare, **other}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="are the same tensor of one module"):
