@@ -4,6 +4,7 @@ Submodule names are diffusers' names, since they are the keys of every checkpoin
 L image tokens, T text tokens, D width, H heads, R regions of the image stream (see transformer.py).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from .kernels import backend
 from .rotary import rotate
 
 EPSILON = 1e-6
@@ -67,6 +69,25 @@ class QwenImageTransformerBlock(nn.Module):
         if modulation is None:
             regions = temb if temb.ndim == 3 else temb[:, None]
             modulation = self.img_mod(regions), self.txt_mod(regions[:, 0])
+        if (
+            not torch.compiler.is_compiling()
+            and not joint_attention_kwargs
+            and image_rotary_emb is not None
+            and self._is_fused(image, text)
+        ):
+            from .fused import fused_block  # here, since it imports Triton
+
+            image, text = fused_block(
+                self,
+                image,
+                text,
+                text_mask=encoder_hidden_states_mask,
+                modulation=modulation,
+                tables=image_rotary_emb,
+                text_lengths=text_lengths,
+                num_target_tokens=num_target_tokens,
+            )
+            return text, image
         image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = [
             _spread(part, image, num_target_tokens) for part in modulation[0].chunk(6, dim=-1)
         ]
@@ -92,6 +113,20 @@ class QwenImageTransformerBlock(nn.Module):
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
 
+    def _is_fused(self, image: Tensor, text: Tensor) -> bool:
+        """Whether this call takes the fused path; the first time, its weights are laid out for it."""
+        if backend(image.device).name == "off" or type(self.attn.processor) is not QwenImageAttnProcessor:
+            return False
+        from .fused import why_not
+        from .projections import fuse_
+
+        if why_not(self, image, text) is not None:
+            return False
+        if not self.attn.is_laid_out:
+            fuse_(self.attn)
+            self.attn.is_laid_out = True
+        return True
+
 
 class QwenImageAttention(nn.Module, AttentionModuleMixin):
     """Projections and norms of the joint attention; the processor holds the arithmetic, as in diffusers."""
@@ -116,10 +151,16 @@ class QwenImageAttention(nn.Module, AttentionModuleMixin):
         self.norm_added_q = RMSNorm(head_dim, eps=EPSILON)
         self.norm_added_k = RMSNorm(head_dim, eps=EPSILON)
         self.processor = QwenImageAttnProcessor()
+        self.is_laid_out = False  # `projections.fuse_` was tried where the weights are now
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attend; arguments and results are the processor's."""
         return self.processor(self, hidden_states, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QwenImageAttention":
+        self.is_laid_out = False  # `.to` and its like give every weight its own memory
+        super()._apply(fn, recurse)
+        return self
 
 
 class QwenImageAttnProcessor:

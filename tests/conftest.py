@@ -7,3 +7,6 @@ import torch
 # Parallel workers share the cores: one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+# Where there is no GPU, Triton's kernels run in its interpreter. It must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -10,7 +10,19 @@ import diffusers_qwenimage
 PACKAGE = Path(diffusers_qwenimage.__file__).parent
 LAYERS = [
     {"kernels", "images", "schedule", "files", "rotary", "checkpoint", "version"},
-    {"block", "loading", "transformer", "vae", "offload", "quantize", "prompt", "latents", "lora"},
+    {
+        "block",
+        "fused",
+        "projections",
+        "loading",
+        "transformer",
+        "vae",
+        "offload",
+        "quantize",
+        "prompt",
+        "latents",
+        "lora",
+    },
     {"denoise"},
     {"pipelines", "training"},
     {"cli", "diffsynth", "registry", "__init__", "__main__"},

@@ -1,0 +1,91 @@
+"""Fused operations of the transformer for NVIDIA GPUs.
+
+Each file holds one subject: the reference in plain torch, which says what is computed and serves every
+other device, the Triton kernel, and the public operation. The files import Triton, this one does not.
+
+| file | operation |
+|---|---|
+| norm.py | gate + residual + LayerNorm + modulation in one pass over the tokens |
+| rope.py | RMSNorm of queries and keys + rotary positions, in place in a joint [text; image] buffer |
+| matmul.py | linear layers written into given memory, with GELU at the end of the matrix product |
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+BACKENDS = ("triton", "reference", "off")
+_OLDEST = (8, 0)  # Ampere: the first with bf16 arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What computes the fused operations on a device.
+
+    Attributes:
+        name: "triton": the kernels; "reference": the fused path with plain torch operations (for tests);
+            "off": the transformer's plain path.
+        reason: why, for people.
+    """
+
+    name: str
+    reason: str
+
+
+_chosen_by_hand: Backend | None = None
+
+
+def backend(device: torch.device) -> Backend:
+    """The backend for tensors on `device`: chosen once per device, unless one was set by hand."""
+    return _chosen_by_hand or _choose(device)
+
+
+def set_backend(name: str | None) -> None:
+    """Use one of `BACKENDS` on every device from now on; None goes back to choosing by the device.
+
+    Raises:
+        ValueError: if there is no such backend, or Triton is not installed.
+    """
+    global _chosen_by_hand
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"There is no backend {name!r}. Choose one of {', '.join(BACKENDS)}, or None.")
+    if name == "triton" and not triton_is_installed():
+        raise ValueError("Triton is not installed: pip install triton, or choose another backend.")
+    _chosen_by_hand = None if name is None else Backend(name=name, reason="set by hand")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """`set_backend` for the duration of a `with` block."""
+    global _chosen_by_hand
+    before = _chosen_by_hand
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _chosen_by_hand = before
+
+
+@lru_cache(maxsize=1)
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported; does not import it."""
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=64)
+def _choose(device: torch.device) -> Backend:
+    if device.type != "cuda":
+        return Backend(name="off", reason=f"the device is {device.type}, not an NVIDIA GPU")
+    if torch.version.hip is not None:
+        return Backend(name="off", reason="ROCm: the kernels were never run on it")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        found = ".".join(map(str, capability))
+        return Backend(name="off", reason=f"compute capability {found}; the kernels need 8.0 or newer")
+    if not triton_is_installed():
+        return Backend(name="off", reason="Triton is not installed (pip install triton)")
+    return Backend(name="triton", reason=f"{torch.cuda.get_device_name(device)} with Triton")

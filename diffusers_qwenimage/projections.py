@@ -1,0 +1,241 @@
+"""Linear modules applied to tokens and written into given memory, whatever hangs on them.
+
+A plain `nn.Linear` is one matrix product. A LoRA of PEFT is that product and two thin ones, added in place.
+Everything else (other adapters, quantised layers, hooks that move or watch weights) is called as a module,
+and its result copied. `fuse_` lays the weights of queries, keys and values behind each other in one storage,
+so that the three are one matrix product; the modules, their keys and their values stay as they are.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from .kernels.matmul import linear_gelu, linear_into
+
+GROUPS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """scale * up @ down, added to a weight.
+
+    Attributes:
+        down: [rank, I]
+        up: [O, rank]
+        scale: factor.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLinear:
+    """What a linear module computes, as tensors."""
+
+    weight: Tensor
+    bias: Tensor | None
+    updates: list[LowRank] = field(default_factory=list)
+
+
+def fuse_(module: nn.Module) -> int:
+    """Let queries, keys and values of every attention in `module` share one storage per stream.
+
+    Returns:
+        How many groups of three share a storage now. Groups that cannot (quantised, trained, on the meta
+        device, of mixed types, with hooks) are left alone.
+    """
+    return sum(
+        _fuse_group([getattr(part, name) for name in names])
+        for part in module.modules()
+        for names in GROUPS
+        if all(hasattr(part, name) for name in names)
+    )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensors as one, along the first dimension and without a copy, if they lie so in one storage."""
+    first, rows = parts[0], 0
+    row_size = first.stride(0) * first.element_size()
+    for part in parts:
+        there = part.data_ptr() == first.data_ptr() + rows * row_size
+        if not (there and part.is_contiguous() and part.dtype == first.dtype):
+            return None
+        rows += part.shape[0]
+    end = (first.storage_offset() + rows * first.stride(0)) * first.element_size()
+    if first.untyped_storage().nbytes() < end:  # neighbours by chance, of different storages
+        return None
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def project(x: Tensor, module: nn.Module) -> Tensor:
+    """The linear layer of `x` [N, I]: [N, O]."""
+    opened = open_linear(module, x)
+    if opened is None:
+        return _call(module, x)
+    out = x.new_empty(x.shape[0], opened.weight.shape[0])
+    _write(out, x, opened)
+    return out
+
+
+def project_into(out: Tensor, x: Tensor, module: nn.Module) -> None:
+    """Write the linear layer of `x` [N, I] into `out` [N, O], rows of any stride."""
+    opened = open_linear(module, x)
+    if opened is None:
+        out.copy_(_call(module, x))
+    else:
+        _write(out, x, opened)
+
+
+def project_three_into(out: Tensor, x: Tensor, modules: Sequence[nn.Module]) -> None:
+    """Write queries, keys and values of `x` [N, I] side by side into `out` [N, 3 O]."""
+    opened = [open_linear(module, x) for module in modules]
+    layers = [layer for layer in opened if layer is not None]
+    together = _together(layers) if len(layers) == len(modules) else None
+    columns = out.chunk(len(modules), dim=1)
+    if together is None:
+        for column, module in zip(columns, modules, strict=True):
+            project_into(column, x, module)
+        return
+    linear_into(out, x, *together)
+    downs = [update.down for layer in layers for update in layer.updates]
+    if not downs:
+        return
+    hidden = (x @ torch.cat(downs).t()).split([down.shape[0] for down in downs], dim=1)
+    parts = iter(hidden)
+    for column, layer in zip(columns, layers, strict=True):
+        for update in layer.updates:
+            column.addmm_(next(parts), update.up.t(), alpha=update.scale)
+
+
+def feed_forward(x: Tensor, module: FeedForward) -> Tensor:
+    """The MLP with GELU of `x` [N, D]; see `is_plain_feed_forward`."""
+    up, down = cast(GELU, module.net[0]).proj, module.net[2]
+    opened = open_linear(up, x)
+    if opened is None or opened.updates or opened.bias is None:
+        hidden = gelu(project(x, up), approximate="tanh")
+    else:
+        hidden = linear_gelu(x, opened.weight, opened.bias)
+    return project(hidden, down)
+
+
+def is_plain_feed_forward(module: nn.Module) -> bool:
+    """Whether `feed_forward` computes what this module does."""
+    if type(module) is not FeedForward or is_hooked(module):
+        return False
+    first, dropout, *rest = cast(nn.ModuleList, module.net)
+    if len(rest) != 1:
+        return False
+    if type(first) is not GELU or first.approximate != "tanh" or is_hooked(first):
+        return False
+    return is_idle_dropout(dropout)
+
+
+def is_idle_dropout(module: nn.Module) -> bool:
+    """Whether the module passes on what it gets."""
+    if is_hooked(module):
+        return False
+    return type(module) is nn.Identity or (
+        type(module) is nn.Dropout and (module.p == 0 or not module.training)
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something runs around the module's forward, or instead of it."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    forward = module.__dict__.get("forward")  # how accelerate and diffusers hook
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def open_linear(module: nn.Module, x: Tensor) -> OpenLinear | None:
+    """The tensors of a linear module that can multiply `x`; None if the module must be called."""
+    if is_hooked(module):
+        return None
+    if type(module) is nn.Linear:
+        weight = module.weight
+        if type(weight) is not nn.Parameter or weight.dtype != x.dtype or weight.device != x.device:
+            return None
+        return OpenLinear(weight=weight, bias=module.bias)
+    if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
+        return _open_lora(module, x)
+    return None
+
+
+def _open_lora(module: Any, x: Tensor) -> OpenLinear | None:
+    base = open_linear(module.base_layer, x)
+    if base is None or (module.disable_adapters and module.merged):
+        return None  # calling it unmerges
+    if module.disable_adapters or module.merged:
+        return base
+    updates = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        down, up = open_linear(module.lora_A[name], x), open_linear(module.lora_B[name], x)
+        if down is None or up is None or up.bias is not None or name in module.lora_variant:
+            return None
+        if not is_idle_dropout(module.lora_dropout[name]):
+            return None
+        updates.append(LowRank(down=down.weight, up=up.weight, scale=module.scaling[name]))
+    return OpenLinear(weight=base.weight, bias=base.bias, updates=updates)
+
+
+def _write(out: Tensor, x: Tensor, opened: OpenLinear) -> None:
+    linear_into(out, x, opened.weight, opened.bias)
+    for update in opened.updates:
+        out.addmm_(x @ update.down.t(), update.up.t(), alpha=update.scale)
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = module(x[None])[0]
+    return result
+
+
+def _together(layers: Sequence[OpenLinear]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of several layers as one, if they share a storage."""
+    weight = joined([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if weight is None or len(biases) not in (0, len(layers)):
+        return None
+    if not biases:
+        return weight, None
+    bias = joined(biases)
+    return None if bias is None else (weight, bias)
+
+
+@torch.no_grad()
+def _fuse_group(modules: Sequence[nn.Module]) -> bool:
+    layers: list[Any] = [getattr(module, "base_layer", module) for module in modules]
+    if any(type(layer) is not nn.Linear or is_hooked(layer) for layer in layers):
+        return False
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if any(bias is None for bias in biases):
+        biases = [] if all(bias is None for bias in biases) else [None]
+    for tensors in (weights, biases):
+        if not all(type(tensor) is nn.Parameter for tensor in tensors):
+            return False
+        if len({(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}) > 1:
+            return False
+        if any(tensor.requires_grad for tensor in tensors):  # an optimiser may own their memory
+            return False
+    if weights[0].is_meta:
+        return False
+    with torch.inference_mode(False):
+        for tensors in (weights, biases):
+            if tensors and joined(tensors) is None:
+                parts = torch.cat([tensor.detach() for tensor in tensors]).split(
+                    [tensor.shape[0] for tensor in tensors]
+                )
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.data = part
+    return True
