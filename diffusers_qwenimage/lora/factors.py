@@ -9,15 +9,17 @@ Every function here either returns something that it has proved equal, or says t
 A whole factor w is w @ 1. Products of two 16-bit numbers fit fp32, so expanding bf16 or fp16 files is exact.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_qwenimage.lora.updates import LoraUpdate, StoredTensor
+from diffusers_qwenimage.lora.updates import EXPONENTS, LoraUpdate, StoredTensor
 
 MAX_EXACT_BITS = 29  # a product of these with the 24 bits of fp32 is exact in fp64
 
@@ -61,7 +63,31 @@ def is_short(scale: Fraction | None) -> bool:
     return abs(scale.numerator).bit_length() <= MAX_EXACT_BITS
 
 
+def exact_power_product(factor: Tensor, scale: float) -> Tensor | None:
+    """`factor * scale` in the factor's own type, if the scale is a power of two that only moves the
+    exponents.
+
+    None if it is not, or if a number is or becomes subnormal or infinite: then nothing is proved either way.
+    This is the common case, and much quicker than a comparison in fp64.
+    """
+    mantissa, shift = math.frexp(scale)
+    if mantissa not in (0.5, -0.5) or factor.dtype not in EXPONENTS or factor.dtype.itemsize == 1:
+        return None
+    integer, mask = EXPONENTS[factor.dtype]
+    bits = factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(integer)
+    magnitudes = np.bitwise_and(bits, np.iinfo(integer).max >> 1)
+    one = mask & -mask  # the lowest bit of the exponent
+    largest = int(magnitudes.max(initial=0))
+    smallest = int((magnitudes - integer(1)).min(initial=mask)) + 1  # 0 - 1 wraps round: zeros are left out
+    lowest, highest = smallest // one, largest // one
+    if largest and (lowest < 1 or lowest + shift - 1 < 1 or highest + shift - 1 >= mask // one):
+        return None
+    return factor * scale
+
+
 def _product_is_exact(factor: Tensor, scale: float, dtype: torch.dtype) -> bool:
+    if dtype == factor.dtype and exact_power_product(factor, scale) is not None:
+        return True
     product = factor.double() * scale
     return torch.equal(product.to(dtype).double(), product)
 
@@ -74,7 +100,9 @@ def _folded(update: LoraUpdate, role: str, scale: float, dtype: torch.dtype, *, 
 
 
 def _multiply(source: StoredTensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (source.load().double() * scale).to(dtype)
+    factor = source.load()
+    quick = exact_power_product(factor, scale) if dtype == factor.dtype else None
+    return quick if quick is not None else (factor.double() * scale).to(dtype)
 
 
 def derived(key: str, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[], Tensor]) -> StoredTensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusers_qwenimage.files import parse_header
 from diffusers_qwenimage.lora.architectures import block_index
-from diffusers_qwenimage.lora.factors import derived
+from diffusers_qwenimage.lora.factors import derived, exact_power_product
 from diffusers_qwenimage.lora.formats import parse_key
 from diffusers_qwenimage.lora.fused import fuse, fuse_shared, split_all
 from diffusers_qwenimage.lora.metadata import PROVENANCE_KEY
@@ -224,7 +224,8 @@ def _undone(
     def load() -> Tensor:
         data = tensor.load()
         if scale is not None:
-            data = data.double() / scale
+            quick = exact_power_product(data, 1 / scale)
+            data = quick if quick is not None else data.double() / scale
         return data.to(dtype).reshape(shape)
 
     return derived(key, dtype, shape, load)

@@ -155,9 +155,9 @@ def load_finite(tensor: StoredTensor) -> Tensor:
 
 def all_finite(data: Tensor) -> bool:
     """Whether no number is NaN or infinite, from the exponent bits: one quick pass in any type."""
-    if data.dtype not in _EXPONENTS or not data.numel():
+    if data.dtype not in EXPONENTS or not data.numel():
         return True  # integers
-    integer, mask = _EXPONENTS[data.dtype]
+    integer, mask = EXPONENTS[data.dtype]
     bits = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(integer)
     return bool(np.bitwise_and(bits, mask).max() != mask)
 
@@ -197,7 +197,7 @@ def _lokr_factor_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tupl
 
 # An unsigned integer of the size of each type, and the exponent bits, which are all set in NaN and infinity
 # (E4M3 has no infinity; its NaN has all bits set but the sign).
-_EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
+EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
     torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
     torch.float32: (np.uint32, 0x7F80_0000),
     torch.bfloat16: (np.uint16, 0x7F80),

@@ -12,11 +12,12 @@ change.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from diffusers_qwenimage.lora.factors import expanded_factors, is_short
+from diffusers_qwenimage.lora.factors import exact_power_product, expanded_factors, is_short
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.read import LoraFile
 from diffusers_qwenimage.lora.updates import LoraUpdate, equal_bits
@@ -196,6 +197,8 @@ def _stored_shape(update: LoraUpdate, role: str) -> tuple[torch.dtype, tuple[int
 
 def _proved_equal(first: LoraUpdate, second: LoraUpdate) -> bool:
     """Whether the factors are equal up to the ratio of the scales, with exact products only."""
+    if first.kind == second.kind == "lora" and _equal_after_shift(first, second):
+        return True
     plain = [
         (_plain_factors(update), update.scale)
         for update in (first, second)
@@ -217,6 +220,20 @@ def _proved_equal(first: LoraUpdate, second: LoraUpdate) -> bool:
     if torch.equal(down1, down2):
         return torch.equal(up1 * scale1.value, up2 * scale2.value)
     return torch.equal(up1, up2) and torch.equal(down1 * scale1.value, down2 * scale2.value)
+
+
+def _equal_after_shift(first: LoraUpdate, second: LoraUpdate) -> bool:
+    """Whether the bits agree when the ratio of the scales, a power of two, is multiplied into one factor."""
+    if first.scale.exact is None or not second.scale.exact:
+        return False
+    ratio = first.scale.exact / second.scale.exact
+    if Fraction(float(ratio)) != ratio:
+        return False
+    for scaled, other in (("up", "down"), ("down", "up")):
+        if equal_bits(first.tensors[other].load(), second.tensors[other].load()):
+            product = exact_power_product(first.load(scaled), float(ratio))
+            return product is not None and equal_bits(product, second.load(scaled))
+    return False
 
 
 def _fits_fp32(factor: Tensor) -> bool:
