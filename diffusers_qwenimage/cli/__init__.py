@@ -1,4 +1,4 @@
-"""The command line: `qwenimage generate | env | lora`.
+"""The command line: `qwenimage generate | train | lora | env`.
 
 A subcommand is a module of this folder with `add_parser(subparsers)`, which adds its parser and sets `run`, a
 function of the parsed arguments that returns the exit code. A module imports what is heavy inside `run`, so
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from diffusers_qwenimage.version import __version__
 
-COMMANDS = ("generate", "lora", "environment")  # module names, in the order of the help
+COMMANDS = ("generate", "train", "lora", "environment")  # module names, in the order of the help
 
 
 class UsageError(ValueError):

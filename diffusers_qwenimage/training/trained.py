@@ -1,0 +1,207 @@
+"""The weights that are trained: a LoRA in the dit, or whole models; their types, and how they are saved.
+
+Trained weights are fp32 (`trainable_dtype`) while the models compute in `dtype`: the layers of a LoRA cast
+their weights to the type of their input, whole models run under autocast.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoKrConfig, LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_qwenimage.files import write_safetensors
+from diffusers_qwenimage.lora.convert import write_rendered
+from diffusers_qwenimage.lora.read import read_state_dict
+from diffusers_qwenimage.lora.render import Options, render
+from diffusers_qwenimage.lora.targets import Target, find_target
+
+from .config import TrainConfig, comma_list
+from .models import COMPONENTS, ModelFiles
+from .randomness import Stream, seed_for
+
+ADAPTER_NAME = "default"
+DEFAULT_FORMATS = {"lora": "diffsynth", "dora": "diffusers", "lokr": "comfyui"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModels:
+    """The models that a run changes.
+
+    Attributes:
+        modules: by name: dit (always, also if only another model is trained), text_encoder, vae.
+        parameters: what is trained, by model and name.
+    """
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, nn.Parameter]
+
+
+def load_trained(config: TrainConfig, files: ModelFiles, device: torch.device) -> TrainedModels:
+    """Load the dit and all models that are trained, and make the trained weights trainable."""
+    trained_dtype, dtype = DTYPES[config.trainable_dtype], DTYPES[config.dtype]
+    modules: dict[str, nn.Module] = {}
+    for name in dict.fromkeys(("dit", *config.trained_models)):
+        full = not config.is_lora and name in config.trained_models
+        modules[name] = files.load(COMPONENTS[name], trained_dtype if full else dtype, device)
+        if full:
+            copy_mapped_(modules[name])
+            modules[name].requires_grad_(True).train()
+    if config.is_lora:
+        add_adapter_(modules["dit"], config, trained_dtype)
+    if config.checkpointing:
+        enable_checkpointing_(modules["dit"], offload=config.use_gradient_checkpointing_offload)
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    return TrainedModels(modules=modules, parameters=parameters)
+
+
+def add_adapter_(transformer: Any, config: TrainConfig, dtype: torch.dtype) -> None:
+    """Put a LoRA, DoRA or LoKr into the transformer; initialised by the seed, and at first without effect."""
+    targets = list(comma_list(config.lora_target_modules))
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    peft_config: Any
+    if config.adapter == "lokr":
+        peft_config = LoKrConfig(
+            r=config.lora_rank, alpha=config.lora_rank, target_modules=targets, module_dropout=0.0
+        )
+    else:
+        peft_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            use_dora=config.adapter == "dora",
+        )
+    torch.manual_seed(seed_for(config.seed, Stream.INITIAL, 0))
+    transformer.add_adapter(peft_config, ADAPTER_NAME)
+    transformer.train()
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            _compute_in_input_dtype_(module)
+
+
+def enable_checkpointing_(transformer: Any, *, offload: bool) -> None:
+    """Compute blocks again in the backward pass; `offload` keeps their inputs in CPU memory."""
+    if not offload:
+        transformer.enable_gradient_checkpointing()
+        return
+
+    def offloaded(block: Any, *arguments: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(block, *arguments, use_reentrant=False)
+
+    transformer.enable_gradient_checkpointing(offloaded)
+
+
+def compute_context(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast where whole models are trained in another type than they compute in."""
+    if config.is_lora or config.dtype == config.trainable_dtype:
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[config.dtype])
+
+
+def find_format(config: TrainConfig) -> Target:
+    """The format that a LoRA is saved in.
+
+    Raises:
+        ValueError: if it is unknown, or cannot hold this kind of LoRA.
+    """
+    name = config.lora_format or DEFAULT_FORMATS[config.adapter]
+    target = find_target("opensource" if config.align_to_opensource_format else name)
+    if config.adapter not in target.kinds:
+        fitting = DEFAULT_FORMATS[config.adapter]
+        raise ValueError(
+            f"The format {target.name} cannot hold a {config.adapter}; leave lora_format and "
+            f"align_to_opensource_format out, which takes {fitting}."
+        )
+    return target
+
+
+def save_weights(
+    path: Path, values: Mapping[str, Tensor], config: TrainConfig, metadata: Mapping[str, str]
+) -> None:
+    """Write trained weights as other programs read them, in `dtype`.
+
+    Args:
+        path: a .safetensors file, or a folder (without suffix) for the format peft.
+        values: by the names of `TrainedModels.parameters`.
+        config: what was trained, and the format.
+        metadata: of the file.
+    """
+    dtype = DTYPES[config.dtype]
+    stored = {name: value.detach().to("cpu", dtype) for name, value in values.items()}
+    if not config.is_lora:
+        named = {
+            f"pipe.{name}".removeprefix(config.remove_prefix_in_ckpt): value for name, value in stored.items()
+        }
+        write_safetensors(path, named, {"format": "pt", **metadata})
+        return
+    target = find_format(config)
+    tensors = {_plain_key(name): value for name, value in stored.items()}
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    settings = {"r": config.lora_rank, "lora_alpha": alpha} if config.adapter != "lokr" else None
+    file = read_state_dict(tensors, metadata=metadata, adapter_config=settings, name=str(path))
+    rendered = render(file, target, Options(allow_approximate=True))
+    prefix = "" if config.remove_prefix_in_ckpt == "pipe.dit." else "pipe.dit."
+    if prefix and target.name == "diffsynth":
+        renamed = tuple(tensor.renamed(f"{prefix}{tensor.key}") for tensor in rendered.tensors)
+        rendered = replace(rendered, tensors=renamed)
+    rendered = replace(rendered, metadata={**rendered.metadata, **metadata})
+    write_rendered(rendered, path.with_suffix("") if target.directory else path, Options())
+
+
+def base_metadata(config: TrainConfig, files: ModelFiles, step: int, epoch: float) -> dict[str, str]:
+    """What a saved file says of its training."""
+    settings = {name: getattr(config, name) for name in ("learning_rate", "lora_rank", "adapter", "seed")}
+    return {
+        "training.base_model": files.name,
+        "training.step": str(step),
+        "training.epoch": f"{epoch:g}",
+        "training.settings": json.dumps(settings),
+    }
+
+
+def copy_mapped_(module: nn.Module) -> None:
+    """Give a module its own memory: loaded weights may be views of the file."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _plain_key(name: str) -> str:
+    """A PEFT parameter's name as PEFT saves it, without the model and the name of the adapter."""
+    return name.removeprefix("dit.").replace(f".{ADAPTER_NAME}.", ".").removesuffix(f".{ADAPTER_NAME}")
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer that casts its weight to the type of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the type of `input`."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def _compute_in_input_dtype_(layer: Any) -> None:
+    """Let the factors compute in bf16 with fp32 weights, instead of casting their input to fp32."""
+    layer.cast_input_dtype_enabled = False
+    for factors in (layer.lora_A, layer.lora_B):
+        for name, old in factors.items():
+            new = MasterLinear(old.in_features, old.out_features, bias=False, device="meta")
+            new.weight = old.weight
+            factors[name] = new

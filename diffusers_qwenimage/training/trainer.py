@@ -1,0 +1,415 @@
+"""The training loop on accelerate: one process or several, and a resumed run repeats the uninterrupted one.
+
+Everything that a step draws comes from counters (`randomness.py`, `plan.py`), so the state of a run is its
+trained weights, its optimizer and the number of steps done.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from .cache import Encoders, TensorCache
+from .checkpoints import State, bytes_of, check_space, find_start, load_state, save_state
+from .config import TrainConfig, comma_list
+from .data import BadImage, Sample, inspect_rows
+from .guard import Guard
+from .hashing import digest_of
+from .logs import Record, RunLog, write_card
+from .metadata import read_rows
+from .models import ModelFiles, find_models
+from .objective import Objective, flow_matching_loss
+from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer
+from .plan import Captions, Plan, Slot
+from .randomness import Stream, generator, seed_for
+from .stopping import StopSignal, output_lock, stop_on_sigterm
+from .trained import (
+    DTYPES,
+    TrainedModels,
+    base_metadata,
+    compute_context,
+    find_format,
+    load_trained,
+    save_weights,
+)
+from .validation import Validation
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+EMA_PREFIX = "ema."
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as `config` says; returns the weights that were written last.
+
+    SIGTERM saves after the step that is running, and returns.
+
+    Raises:
+        ValueError: for options, models or data that cannot be used, before weights are loaded; if the loss
+            stays NaN (`guard.Diverged`).
+        OSError: if files cannot be read or written; the last good checkpoint stays.
+    """
+    config.check()
+    output = Path(config.output_path)
+    if config.is_lora:
+        find_format(config)
+    find_optimizer(config)
+    accelerator = Accelerator(
+        mixed_precision="no",  # types are the trainer's business
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=list(comma_list(config.loggers)) or None,
+        project_dir=str(output),
+        # The text stream of the last block has no part in the loss.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    main = accelerator.is_main_process
+    with stop_on_sigterm() as stop, output_lock(output, held_by_us=main):
+        state_folder = find_start(config, output)
+        files = find_models(config)
+        samples = _on_main_first(accelerator, lambda: inspect_rows(read_rows(config), config, progress=main))
+        trainer = Trainer(config, accelerator, files, samples, stop)
+        return trainer.run(None if state_folder is None else load_state(state_folder))
+
+
+class Trainer:
+    """One run: data, models, optimizer, and the loop over them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        files: ModelFiles,
+        samples: Sequence[Sample],
+        stop: StopSignal,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.files = files
+        self.samples = samples
+        self.stop = stop
+        self.output = Path(config.output_path)
+        self.dtype = DTYPES[config.dtype]
+        self.plan = Plan(
+            sizes=[sample.size for sample in samples],
+            repeat=config.dataset_repeat,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            world=accelerator.num_processes,
+            seed=config.seed,
+        )
+        self.num_steps = config.max_steps or config.num_epochs * self.plan.steps_per_epoch
+        self.captions = Captions(
+            prefix=config.caption_prefix,
+            shuffle=config.caption_shuffle,
+            dropout=config.caption_dropout,
+            seed=config.seed,
+        )
+        cache = TensorCache(Path(config.cache_path or self.output / "cache") if config.cache else None)
+        self.encoders = Encoders(files, cache, dtype=self.dtype, device=accelerator.device)
+        self.guard = Guard(spike_factor=config.spike_factor, max_bad=config.max_bad_steps)
+        self.reported: set[str] = set()
+
+    def run(self, state: State | None) -> Path:
+        """Train from `state`, or from the start; returns the weights written last."""
+        self._fill_cache()
+        wanted = bool(self.config.validation_prompts) and self.accelerator.is_main_process
+        self.validation = Validation(self.config, self.encoders, self.files) if wanted else None
+        if self.config.cache and not self.stop.received:
+            self.encoders.release()
+        self._prepare_models()
+        done = 0 if state is None else self._restore(state)
+        log = RunLog(self.output, done=done) if self.accelerator.is_main_process else None
+        self._start_trackers()
+        if done == 0:
+            self._validate(0)
+        last = self.output / f"step-{done}.safetensors"
+        progress = tqdm(
+            total=self.num_steps,
+            initial=done,
+            desc="Training",
+            disable=not self.accelerator.is_main_process,
+        )
+        for step in range(done, self.num_steps):
+            started = time.perf_counter()
+            record, ending = self._step(step, started)
+            self._log(log, record, progress)
+            if self._saves_after(step + 1) or ending:
+                last = self._save(step + 1)
+                if log:
+                    log.draw()
+            if self._validates_after(step + 1):
+                self._validate(step + 1)
+            if ending:
+                logger.warning("SIGTERM: saved after step %d; go on with --resume_from latest.", step + 1)
+                break
+        progress.close()
+        self._finish(last)
+        return last
+
+    # --- a step ---
+
+    def _step(self, step: int, started: float) -> tuple[Record, bool]:
+        """One optimizer step; also whether to end after it (some process got SIGTERM)."""
+        rate = learning_rate_at(self.config, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.accelerator.device)
+        names: list[str] = []
+        for micro in range(self.config.gradient_accumulation_steps):
+            slots = self.plan.batch(step, micro, self.accelerator.process_index)
+            with self.accelerator.accumulate(*self.modules.values()):
+                loss, used = self._loss(slots)
+                self.accelerator.backward(loss)
+            total += loss.detach() / self.config.gradient_accumulation_steps
+            names += used
+        facts = torch.stack([total, torch.full_like(total, float(self.stop.received))])
+        facts = self.accelerator.reduce(facts, reduction="mean")
+        mean_loss, stopping = facts.tolist()
+        norm = self._clip()
+        reason = self.guard.judge(mean_loss, norm)
+        if reason:
+            logger.warning("Step %d is skipped for %s; samples: %s.", step + 1, reason, ", ".join(names))
+        else:
+            self.optimizer.step()
+            if self.average:
+                self.average.update(self.trained.parameters, step + 1)
+        self.optimizer.zero_grad()
+        self.guard.stop_if_diverged(step + 1, reason, names)
+        record = Record(
+            step=step + 1,
+            epoch=step // self.plan.steps_per_epoch,
+            loss=mean_loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            seconds=round(time.perf_counter() - started, 4),
+            skipped=reason.replace(",", ";"),
+        )
+        return record, stopping > 0
+
+    def _loss(self, slots: Sequence[Slot]) -> tuple[Tensor, list[str]]:
+        """The mean loss of a batch, and the names of its samples."""
+        device = self.accelerator.device
+        samples = [self.samples[slot.index] for slot in slots]
+        loaded = [self._latents(slot.index) for slot in slots]
+        clean = torch.stack([latents.to(device) for latents in loaded]).float()
+        texts = [self.captions.text(s.caption, slot.counter) for s, slot in zip(samples, slots, strict=True)]
+        draws = [generator(self.config.seed, Stream.NOISE, slot.counter) for slot in slots]
+        sigma = torch.cat([self.objective.draw_sigma(clean.shape[1], draw) for draw in draws]).to(device)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(device)
+        torch.manual_seed(seed_for(self.config.seed, Stream.DROPOUT, slots[0].counter))
+        with compute_context(self.config, device):
+            losses = flow_matching_loss(
+                self.modules["dit"],
+                clean,
+                noise,
+                sigma,
+                self.objective.weight(sigma),
+                [self._embeds(text).to(device) for text in texts],
+                samples[0].grid,
+                dtype=self.dtype,
+            )
+        return losses.mean(), [sample.name for sample in samples]
+
+    def _latents(self, index: int) -> Tensor:
+        """Latents of a sample; of the next one of its size if its picture went bad and that is allowed."""
+        same = [i for i, size in enumerate(self.plan.sizes) if size == self.plan.sizes[index]]
+        start = same.index(index)
+        for candidate in [*same[start:], *same[:start]]:
+            sample = self.samples[candidate]
+            try:
+                if "vae" in self.config.trained_models:
+                    return self.encoders.encode_picture(sample)
+                return self.encoders.latents(sample)
+            except BadImage as error:
+                if self.config.on_bad_image == "error":
+                    raise
+                if sample.name not in self.reported:
+                    self.reported.add(sample.name)
+                    logger.warning("%s Another picture takes its place.", error)
+        raise BadImage("No picture of this size can be read any more.")
+
+    def _embeds(self, text: str) -> Tensor:
+        if "text_encoder" in self.config.trained_models:
+            return self.encoders.encode_text_with_gradients(text)
+        return self.encoders.embeds(text)
+
+    def _clip(self) -> float:
+        """Scale gradients down to `max_grad_norm`; returns their norm before."""
+        limit = self.config.max_grad_norm or float("inf")
+        return float(self.accelerator.clip_grad_norm_(list(self.trained.parameters.values()), limit))
+
+    # --- set-up ---
+
+    def _fill_cache(self) -> None:
+        """Each process makes its share of the cache; afterwards VAE and text encoder are not in memory."""
+        if not self.config.cache:
+            return
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        texts = dict.fromkeys(text for s in self.samples for text in self.captions.all_texts(s.caption))
+        pictures = list({(sample.digest, sample.size): sample for sample in self.samples}.values())
+        trained = self.config.trained_models
+        self.encoders.fill(
+            [] if "vae" in trained else pictures[rank::world],
+            [] if "text_encoder" in trained else list(texts)[rank::world],
+            progress=self.accelerator.is_main_process,
+        )
+        self.accelerator.wait_for_everyone()
+
+    def _prepare_models(self) -> None:
+        self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device)
+        self.objective = Objective(config=self.config, scheduler_config=self.files.load_scheduler().config)
+        for name in ("vae", "text_encoder"):
+            if name in self.trained.modules:
+                self.encoders.use(name, self.trained.modules[name])
+        optimizer = make_optimizer(self.config, list(self.trained.parameters.values()))
+        prepared = self.accelerator.prepare(*self.trained.modules.values(), optimizer)
+        self.modules: Mapping[str, Any] = dict(zip(self.trained.modules, prepared[:-1], strict=True))
+        self.optimizer = prepared[-1]
+        decay = self.config.ema_decay
+        self.average = MovingAverage(decay, self.trained.parameters) if decay else None
+
+    def _start_trackers(self) -> None:
+        if self.config.loggers:
+            settings = {
+                name: value if isinstance(value, int | float | str | bool) else str(value)
+                for name, value in asdict(self.config).items()
+            }
+            self.accelerator.init_trackers("qwenimage", config=settings)
+
+    def _log(self, log: RunLog | None, record: Record, progress: Any) -> None:
+        if log is None:
+            return
+        log.add(record)
+        progress.update()
+        progress.set_postfix(loss=f"{record.loss:.4f}", epoch=record.epoch)
+        if self.config.loggers:
+            values = {"loss": record.loss, "lr": record.learning_rate, "grad_norm": record.grad_norm}
+            self.accelerator.log(values, step=record.step)
+
+    # --- saving ---
+
+    def _saves_after(self, step: int) -> bool:
+        if step == self.num_steps:
+            return True
+        if self.config.save_steps:
+            return step % self.config.save_steps == 0
+        return step % self.plan.steps_per_epoch == 0
+
+    def _save(self, step: int) -> Path:
+        """Write weights and state; returns the path of the weights."""
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        by_epoch = within == 0 and not self.config.save_steps
+        stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
+        path = self.output / f"{stem}.safetensors"
+        if self.accelerator.is_main_process:
+            optimizer = self.optimizer.state_dict()
+            tensors = {name: value.detach() for name, value in self.trained.parameters.items()}
+            averages = self.average.values if self.average else {}
+            check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
+            metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
+            save_weights(path, tensors, self.config, metadata)
+            if averages:
+                save_weights(self.output / f"{stem}-ema.safetensors", averages, self.config, metadata)
+            state = State(
+                step=step,
+                trained={**tensors, **{EMA_PREFIX + name: value for name, value in averages.items()}},
+                optimizer=optimizer,
+                values={
+                    "guard": self.guard.state(),
+                    "data": self._data_digest(),
+                    "config": asdict(self.config),
+                },
+            )
+            save_state(self.output, state, keep=self.config.keep_states)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _restore(self, state: State) -> int:
+        """Take over a state; returns the number of steps done."""
+        saved = {name for name in state.trained if not name.startswith(EMA_PREFIX)}
+        if saved != set(self.trained.parameters):
+            raise ValueError(
+                "The state to resume from has other trained weights than this run: keep trainable_models, "
+                "the LoRA's options and the model as they were."
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.parameters.items():
+                if parameter.shape != state.trained[name].shape:
+                    raise ValueError(
+                        f"{name} has the shape {tuple(state.trained[name].shape)} in the state to resume "
+                        f"from, but {tuple(parameter.shape)} here: keep lora_rank and the model."
+                    )
+                parameter.copy_(state.trained[name])
+        self.optimizer.load_state_dict(dict(state.optimizer))
+        self.guard.load(state.values["guard"])
+        if self.average:
+            plain = {name: state.trained[name] for name in saved}
+            kept = {name: state.trained.get(f"{EMA_PREFIX}{name}", plain[name]) for name in saved}
+            self.average.load(kept)
+        if state.values["data"] != self._data_digest():
+            logger.warning(
+                "The pictures, their order or the size of a step differ from those of the saved state; the "
+                "run goes on, but not as it would have."
+            )
+        logger.info("Resumed after step %d.", state.step)
+        return state.step
+
+    def _data_digest(self) -> str:
+        """Changes when a resumed run would not see the same samples."""
+        plan = self.plan
+        return digest_of(
+            [(sample.digest, sample.size, sample.caption) for sample in self.samples],
+            (plan.repeat, plan.batch_size, plan.accumulation * plan.world, plan.seed),
+            (self.captions.prefix, self.captions.shuffle, self.captions.dropout),
+        )
+
+    def _validates_after(self, step: int) -> bool:
+        every = self.config.validation_steps
+        return step == self.num_steps or (step % every == 0 if every else self._saves_after(step))
+
+    def _validate(self, step: int) -> None:
+        """Render the prompts; the main process does, the others wait."""
+        if self.validation:
+            weights = self.average.in_place_of(self.trained.parameters) if self.average else nullcontext()
+            with weights, compute_context(self.config, self.accelerator.device):
+                self.validation.render(step, self.trained.modules["dit"], self.encoders)
+            if self.config.cache and "vae" not in self.trained.modules:
+                self.encoders.release()
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, last: Path) -> None:
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process and last.exists():
+            write_card(
+                self.output,
+                self.config,
+                base=self.files.name,
+                weights=last.name,
+                step=self.num_steps,
+                images=len(self.samples),
+            )
+
+
+def _on_main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do `work` in the main process only; all get its result, or its error."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except (ValueError, OSError) as error:
+            result[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    found: Result = result[0]
+    return found
