@@ -75,14 +75,19 @@ def exact_power_product(factor: Tensor, scale: float) -> Tensor | None:
         return None
     integer, mask = EXPONENTS[factor.dtype]
     bits = factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(integer)
-    magnitudes = np.bitwise_and(bits, np.iinfo(integer).max >> 1)
+    sign_bit = (np.iinfo(integer).max >> 1) + 1
+    magnitudes = np.bitwise_and(bits, sign_bit - 1)
     one = mask & -mask  # the lowest bit of the exponent
     largest = int(magnitudes.max(initial=0))
     smallest = int((magnitudes - integer(1)).min(initial=mask)) + 1  # 0 - 1 wraps round: zeros are left out
     lowest, highest = smallest // one, largest // one
     if largest and (lowest < 1 or lowest + shift - 1 < 1 or highest + shift - 1 >= mask // one):
         return None
-    return factor * scale
+    added = integer((shift - 1) * one % (2 * sign_bit))
+    moved = bits + added * (magnitudes != 0)
+    if scale < 0:
+        moved ^= integer(sign_bit)
+    return torch.from_numpy(moved.view(np.uint8)).view(factor.dtype).reshape(factor.shape)
 
 
 def _product_is_exact(factor: Tensor, scale: float, dtype: torch.dtype) -> bool:
