@@ -6,7 +6,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from components import pipelines, random, transformers
+from components import pipelines, random, transformer_inputs, transformers
+from hub_server import HubServer
+from loading_fixtures import hub
 from lora_made import MODULES, format_named, lora_tensors, write_lora
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -19,6 +21,8 @@ from diffusers_qwenimage.lora.convert import convert_lora
 from diffusers_qwenimage.lora.read import LoraFile, read_lora, read_state_dict
 from diffusers_qwenimage.lora.targets import TARGETS
 from diffusers_qwenimage.pipelines.adapters import attach_lora, detach_loras
+
+__all__ = ["hub"]
 
 # Pictures are compared at the tolerance asked for; equal weights differ by the order of fp32 sums.
 TOLERANCE = 1e-4
@@ -270,8 +274,6 @@ def test_fp8_storage_keeps_the_adapter_exact(dtype: torch.dtype) -> None:
         name = f"lora_unet_{module.replace('.', '_')}"
         assert torch.equal(layer.lora_A["style"].weight, tensors[f"{name}.lora_down.weight"])
         assert torch.equal(layer.lora_B["style"].weight, tensors[f"{name}.lora_up.weight"])
-    from components import transformer_inputs
-
     inputs = transformer_inputs([(1, 4, 6)])
     inputs = {
         k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
@@ -320,6 +322,28 @@ def test_from_a_folder(pipe: diffusers_qwenimage.QwenImagePipeline, expected: Te
         pipe.load_lora_weights(inner, weight_name="three.safetensors", adapter_name="z")
     with pytest.raises(FileNotFoundError):
         pipe.load_lora_weights(str(tmp_path / "missing"))
+
+
+def test_from_a_hub(
+    pipe: diffusers_qwenimage.QwenImagePipeline, expected: Tensor, hub: HubServer, tmp_path: Path
+) -> None:
+    write_lora(tmp_path / "style.safetensors", "lycoris")
+    hub.add_folder("me/lora", tmp_path)
+    pipe.load_lora_weights("me/lora", weight_name="style.safetensors", adapter_name="a")
+    assert (picture(pipe) - expected).abs().max() < TOLERANCE
+    pipe.delete_adapters("a")
+    pipe.load_lora_weights("modelscope:me/lora/style.safetensors", adapter_name="b")
+    assert (picture(pipe) - expected).abs().max() < TOLERANCE
+
+
+def test_hotswap_of_another_rank(pipe: diffusers_qwenimage.QwenImagePipeline) -> None:
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(lora_tensors("kohya", rank=2, seed=1), adapter_name="style")
+    pipe.load_lora_weights(lora_tensors("diffsynth", rank=8, alpha=None), adapter_name="style", hotswap=True)
+    expected = with_merged_weights(read_state_dict(lora_tensors("diffsynth", rank=8, alpha=None)))
+    assert (picture(pipe) - expected).abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match="no existing adapter"):
+        pipe.load_lora_weights(lora_tensors("kohya"), adapter_name="other", hotswap=True)
 
 
 def test_state_dict_of_a_file(tmp_path: Path) -> None:
