@@ -1,10 +1,10 @@
 """The transformer at its true size (60 blocks, random weights) beside diffusers' own, over the same weights.
 
-    python benchmarks/transformer.py [--blocks 60] [--device cuda] [--results FILE]
+    python benchmarks/transformer.py [--blocks 60] [--device cuda] [--results FILE] [--cases ...]
 
-Checks that both give the same velocities (bit for bit in bf16), that the modulation table and the packed
-guidance change nothing beyond rounding, and what they save. Times are medians after warm-up, both libraries
-in turn (A B B A) in one process. Needs 45 GB of device memory for 60 blocks.
+"ours" is the default on this machine: the fused path on an NVIDIA GPU. "plain path" is the same class without
+it, bit-equal to diffusers. Times are medians after warm-up, all arms in turn (A B C C B A) in one process.
+Checks the errors of both against fp32. Needs 50 GB of device memory for 60 blocks.
 """
 
 import argparse
@@ -14,15 +14,35 @@ from pathlib import Path
 
 import diffusers
 import torch
+from peft import LoraConfig
 from results import RESULTS, record
 from torch import Tensor
 
-from diffusers_qwenimage import QwenImageTransformer2DModel
+from diffusers_qwenimage import QwenImageTransformer2DModel, fused
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
+from diffusers_qwenimage.kernels import backend, use_backend
+from diffusers_qwenimage.projections import fuse_
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 TEXT_TOKENS = 128
 GIB = 2**30
+LORA_MODULES = (
+    *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
+    *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1"),
+)
+CASES = (
+    "error",
+    "forward",
+    "guidance",
+    "table",
+    "batch",
+    "streams",
+    "graph",
+    "profile",
+    "lora",
+    "modulation",
+)
+Arms = dict[str, Callable[[], object]]
 
 
 def main() -> None:
@@ -33,22 +53,48 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--device", default="cuda", help="device to measure on (cuda)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[512, 1024, 1328], help="sides of the picture"
+        "--sizes", type=int, nargs="+", default=[1328, 1024, 512], help="sides of the picture"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side of A B B A")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to measure (all)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs on each side of A B B A")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    parser.add_argument("--profile", type=Path, help="file for the kernels of one forward")
     args = parser.parse_args()
-    ours, stock = build(args.blocks, args.device)
+    chosen = backend(torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device))
+    print(f"fused path: {chosen.name} ({chosen.reason})")
 
     def note(case: str, value: float, unit: str, peak: float | None = None) -> None:
         record("transformer", case, value, unit, peak_memory_gib=peak, path=args.results)
 
+    def wants(case: str) -> bool:
+        return case in args.cases
+
+    large, small = max(args.sizes), min(args.sizes)
+    if wants("error"):
+        measure_error(args.device, note)
+    ours, stock = build(args.blocks, args.device)
     weights = sum(p.numel() * p.element_size() for p in ours.parameters()) / GIB
     note("weights, bf16", weights, "GiB")
     for side in args.sizes:
-        compare_step(ours, stock, side, args.repeats, note)
-    compare_unequal_batch(ours, stock, args.sizes[-1], args.repeats, note)
-    measure_modulation(ours, args.sizes[-1], note)
+        if wants("forward"):
+            compare_forward(ours, stock, side, args.repeats, note)
+    if wants("profile") and args.profile:
+        profile(ours, large, args.profile)
+    if wants("table"):
+        compare_table(ours, large, args.repeats, note)
+    if wants("batch"):
+        compare_unequal_batch(ours, stock, large, args.repeats, note)
+    for side in args.sizes:
+        if wants("guidance"):
+            compare_guidance(ours, stock, side, args.repeats, note)
+        if wants("streams"):
+            compare_streams(ours, side, args.repeats, note)
+    if wants("graph"):
+        compare_graph(ours, small, args.repeats, note)
+    if wants("modulation"):
+        measure_modulation(ours, large, note)
+    if wants("lora"):
+        compare_lora(ours, stock, large, args.repeats, note)
 
 
 def build(blocks: int, device: str) -> tuple[QwenImageTransformer2DModel, torch.nn.Module]:
@@ -65,13 +111,14 @@ def build(blocks: int, device: str) -> tuple[QwenImageTransformer2DModel, torch.
             parameter.data.normal_(0, 0.02, generator=generator)
     # diffusers keeps its rotary tables as plain tensors: on the meta device they have no values.
     stock.pos_embed = type(stock.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
+    fuse_(ours.requires_grad_(False))  # before sharing, so that the weights are on the device once
     stock.load_state_dict(ours.state_dict(), assign=True)
-    return ours.eval().requires_grad_(False), stock.eval().requires_grad_(False)
+    return ours.eval(), stock.eval().requires_grad_(False)
 
 
 def inputs_of(ours: torch.nn.Module, side: int, batch: int = 1) -> dict[str, object]:
     """Arguments of a forward for a picture of `side` x `side` pixels."""
-    device, dtype = ours.device, torch.bfloat16
+    device, dtype = ours.device, ours.dtype
     grid = side // 16
     generator = torch.Generator(device).manual_seed(1)
 
@@ -87,20 +134,9 @@ def inputs_of(ours: torch.nn.Module, side: int, batch: int = 1) -> dict[str, obj
     }
 
 
-@torch.no_grad()
-def compare_step(
-    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
-) -> None:
-    """One forward, and one step with guidance: diffusers' two forwards against one packed pass."""
+def guidance_inputs(ours: torch.nn.Module, side: int) -> tuple[dict[str, object], dict[str, object]]:
+    """Arguments of the packed forward of both branches, and of the negative branch alone (10 tokens)."""
     one = inputs_of(ours, side)
-    expected, got = stock(**one)[0], ours(**one)[0]
-    note(
-        f"{side}x{side} forward, ours bit-equal to diffusers (1 = yes)", float(torch.equal(expected, got)), ""
-    )
-    theirs, mine = in_turn(lambda: stock(**one), lambda: ours(**one), repeats)
-    note(f"{side}x{side} forward, diffusers", *theirs)
-    note(f"{side}x{side} forward, ours", *mine)
-
     negative = one["encoder_hidden_states"][:, :10]  # type: ignore[index]
     packed = {
         **one,
@@ -109,19 +145,79 @@ def compare_step(
         "timestep": one["timestep"].expand(2),  # type: ignore[attr-defined]
         "img_shapes": one["img_shapes"] * 2,  # type: ignore[operator]
     }
+    return packed, {**one, "encoder_hidden_states": negative}
+
+
+@torch.no_grad()
+def measure_error(device: str, note: Callable[..., None], *, blocks: int = 6, side: int = 512) -> None:
+    """Distance to the same model in fp32, for diffusers, our plain path and our fused path in bf16."""
+    ours, stock = build(blocks, device)
+    for case, inputs in (("forward", inputs_of(ours, side)), ("packed", guidance_inputs(ours, side)[0])):
+        results = {"fused path": ours(**inputs)[0]}
+        with use_backend("off"):
+            results["plain path"] = ours(**inputs)[0]
+            if case == "forward":
+                results["diffusers"] = stock(**inputs)[0]
+            wide = {key: _float(value) for key, value in inputs.items()}
+            exact = ours.float()(**wide)[0]
+            ours.to(torch.bfloat16)
+        for name, result in results.items():
+            label = f"{blocks} blocks, {side}x{side} {case}, relative error against fp32, {name}"
+            note(label, relative(result, exact), "")
+
+
+@torch.no_grad()
+def compare_forward(
+    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
+) -> None:
+    """One forward of one picture."""
+    one = inputs_of(ours, side)
+    expected, got = stock(**one)[0], ours(**one)[0]
+    note(f"{side}x{side} forward, ours against diffusers, relative difference", relative(got, expected), "")
+    with use_backend("off"):
+        equal = torch.equal(expected, ours(**one)[0])
+    note(f"{side}x{side} forward, plain path bit-equal to diffusers (1 = yes)", float(equal), "")
+    arms = {
+        "diffusers": lambda: stock(**one),
+        "ours": lambda: ours(**one),
+        "ours, plain path": plain(ours, one),
+    }
+    for name, figures in in_turn(arms, repeats).items():
+        note(f"{side}x{side} forward, {name}", *figures)
+
+
+@torch.no_grad()
+def compare_guidance(
+    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
+) -> None:
+    """One step with guidance: diffusers' two forwards against one packed pass."""
+    one = inputs_of(ours, side)
+    packed, second = guidance_inputs(ours, side)
 
     def separate() -> Tensor:
-        second = {**one, "encoder_hidden_states": negative}
         return torch.cat([stock(**one)[0], stock(**second)[0]])
 
+    difference = relative(ours(**packed)[0], separate())
     note(
-        f"{side}x{side} packed guidance against two forwards, relative difference",
-        relative(ours(**packed)[0], separate()),
-        "",
+        f"{side}x{side} packed guidance against diffusers' two forwards, relative difference", difference, ""
     )
-    theirs, mine = in_turn(separate, lambda: ours(**packed), repeats)
-    note(f"{side}x{side} step with guidance, diffusers (two forwards)", *theirs)
-    note(f"{side}x{side} step with guidance, ours (packed)", *mine)
+    arms = {
+        "diffusers (two forwards)": separate,
+        "ours (packed)": lambda: ours(**packed),
+        "ours, plain path (packed)": plain(ours, packed),
+    }
+    for name, figures in in_turn(arms, repeats).items():
+        note(f"{side}x{side} step with guidance, {name}", *figures)
+
+
+@torch.no_grad()
+def compare_table(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
+    """The forward with the modulation computed in it, and with it tabulated for the schedule."""
+    one = inputs_of(ours, side)
+    table = ours.tabulate_modulation(one["timestep"], dtype=torch.bfloat16)  # type: ignore[operator]
+    arms = {"computed": lambda: ours(**one), "tabulated": lambda: ours(**one, modulation=table.at(0))}
+    for name, figures in in_turn(arms, repeats).items():
+        note(f"{side}x{side} forward, ours, modulation {name}", *figures)
 
 
 @torch.no_grad()
@@ -135,14 +231,70 @@ def compare_unequal_batch(
     text = padded["encoder_hidden_states"]
     packed = {**padded, "encoder_hidden_states": [text[0], text[1, :40]]}  # type: ignore[index]
     masked = {**padded, "encoder_hidden_states_mask": mask}
-    note(
-        f"{side}x{side} unequal prompts, packed against masked, relative difference",
-        relative(ours(**packed)[0], stock(**masked)[0]),
-        "",
-    )
-    theirs, mine = in_turn(lambda: stock(**masked), lambda: ours(**packed), repeats)
-    note(f"{side}x{side} batch of 2 unequal prompts, diffusers (mask)", *theirs)
-    note(f"{side}x{side} batch of 2 unequal prompts, ours (packed)", *mine)
+    difference = relative(ours(**packed)[0], stock(**masked)[0])
+    note(f"{side}x{side} unequal prompts, packed against masked, relative difference", difference, "")
+    arms = {"diffusers (mask)": lambda: stock(**masked), "ours (packed)": lambda: ours(**packed)}
+    for name, figures in in_turn(arms, repeats).items():
+        note(f"{side}x{side} batch of 2 unequal prompts, {name}", *figures)
+
+
+@torch.no_grad()
+def compare_streams(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
+    """The text stream beside the image stream, and before it."""
+    packed, _ = guidance_inputs(ours, side)
+
+    def one_after_the_other() -> None:
+        before, fused.text_beside_image = fused.text_beside_image, False
+        ours(**packed)
+        fused.text_beside_image = before
+
+    arms: Arms = {"beside the image": lambda: ours(**packed), "before the image": one_after_the_other}
+    for name, figures in in_turn(arms, repeats).items():
+        note(f"{side}x{side} step with guidance, ours (packed), text {name}", *figures)
+
+
+@torch.no_grad()
+def compare_graph(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
+    """Replays of a CUDA graph against launching every kernel."""
+    for case, inputs in (
+        ("forward", inputs_of(ours, side)),
+        ("step with guidance", guidance_inputs(ours, side)[0]),
+    ):
+        ours(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = ours(**inputs)[0]
+        graph.replay()
+        note(f"{side}x{side} {case}, graph equal (1 = yes)", float(torch.equal(got, ours(**inputs)[0])), "")
+        arms: Arms = {"launched": lambda x=inputs: ours(**x), "CUDA graph": graph.replay}
+        for name, figures in in_turn(arms, repeats).items():
+            note(f"{side}x{side} {case}, ours, {name}", *figures)
+
+
+@torch.no_grad()
+def compare_lora(
+    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
+) -> None:
+    """One adapter of rank 32 on the twelve modules that LoRAs of this model usually have."""
+    one = inputs_of(ours, side)
+    before = statistics.median(timed(lambda: ours(**one), 2 * repeats))
+    for model in (ours, stock):
+        torch.manual_seed(0)
+        config = LoraConfig(r=32, lora_alpha=32, target_modules=list(LORA_MODULES))
+        model.add_adapter(config)  # type: ignore[operator]
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.empty_like(parameter, dtype=torch.bfloat16).normal_(0, 0.01)
+        model.eval().requires_grad_(False)
+    stock.load_state_dict(ours.state_dict(), assign=True)
+    stock.requires_grad_(False)
+    difference = relative(ours(**one)[0], stock(**one)[0])
+    note(f"{side}x{side} forward with a LoRA, ours against diffusers, relative difference", difference, "")
+    arms = {"diffusers + PEFT": lambda: stock(**one), "ours": lambda: ours(**one)}
+    results = in_turn(arms, repeats)
+    for name, figures in results.items():
+        note(f"{side}x{side} forward with a LoRA of rank 32 on 12 modules, {name}", *figures)
+    note(f"{side}x{side} forward, ours, speed kept with the LoRA", before / results["ours"][0], "")
 
 
 @torch.no_grad()
@@ -179,20 +331,42 @@ def measure_modulation(ours: QwenImageTransformer2DModel, side: int, note: Calla
     ours.load_modulation()
 
 
-def in_turn(
-    first: Callable[[], object], second: Callable[[], object], repeats: int
-) -> tuple[tuple[float, str, float], tuple[float, str, float]]:
-    """Median milliseconds and peak memory of both, measured A B B A after two warm-ups each."""
-    for function in (first, second, first, second):
+@torch.no_grad()
+def profile(ours: torch.nn.Module, side: int, path: Path) -> None:
+    """Write the kernels of one forward, longest first."""
+    one = inputs_of(ours, side)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        ours(**one)
+        torch.cuda.synchronize()
+    table = recorded.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90
+    )
+    path.write_text(table, encoding="utf-8")
+    print(table)
+
+
+def plain(ours: torch.nn.Module, inputs: dict[str, object]) -> Callable[[], object]:
+    """A call that takes the plain path."""
+
+    def call() -> object:
+        with use_backend("off"):
+            return ours(**inputs)
+
+    return call
+
+
+def in_turn(arms: Arms, repeats: int) -> dict[str, tuple[float, str, float]]:
+    """Median milliseconds and peak memory of every arm, measured A B C C B A after two warm-ups each."""
+    for function in [*arms.values()] * 2:
         function()
-    times: dict[Callable[[], object], list[float]] = {first: [], second: []}
-    peaks: dict[Callable[[], object], float] = {}
-    for function in (first, second, second, first):
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    peaks = {}
+    for name in [*arms, *reversed(arms)]:
         torch.cuda.reset_peak_memory_stats()
-        times[function] += timed(function, repeats)
-        peaks[function] = torch.cuda.max_memory_allocated() / GIB
-    results = [(statistics.median(times[f]), "ms", peaks[f]) for f in (first, second)]
-    return results[0], results[1]
+        times[name] += timed(arms[name], repeats)
+        peaks[name] = torch.cuda.max_memory_allocated() / GIB
+    return {name: (statistics.median(times[name]), "ms", peaks[name]) for name in arms}
 
 
 def timed(function: Callable[[], object], repeats: int) -> list[float]:
@@ -216,6 +390,14 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def allocated() -> float:
     """GiB allocated on the device now."""
     return torch.cuda.memory_allocated() / GIB
+
+
+def _float(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.float()
+    if isinstance(value, list) and isinstance(value[0], Tensor):
+        return [item.float() for item in value]
+    return value
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class QwenImageTransformerBlock(nn.Module):
             not torch.compiler.is_compiling()
             and not joint_attention_kwargs
             and image_rotary_emb is not None
-            and self._is_fused(image, text)
+            and self._is_fused(image, text, modulation)
         ):
             from .fused import fused_block  # here, since it imports Triton
 
@@ -113,14 +113,14 @@ class QwenImageTransformerBlock(nn.Module):
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
 
-    def _is_fused(self, image: Tensor, text: Tensor) -> bool:
+    def _is_fused(self, image: Tensor, text: Tensor, modulation: tuple[Tensor, Tensor]) -> bool:
         """Whether this call takes the fused path; the first time, its weights are laid out for it."""
         if backend(image.device).name == "off" or type(self.attn.processor) is not QwenImageAttnProcessor:
             return False
         from .fused import why_not
         from .projections import fuse_
 
-        if why_not(self, image, text) is not None:
+        if why_not(self, image, text, modulation) is not None:
             return False
         if not self.attn.is_laid_out:
             fuse_(self.attn)

@@ -36,6 +36,7 @@ from .projections import (
     project_three_into,
 )
 
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 _HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -71,15 +72,15 @@ class StreamModulation:
     index: Tensor | None
 
 
-def why_not(block: Any, image: Tensor, text: Tensor) -> str | None:
+def why_not(block: Any, image: Tensor, text: Tensor, modulation: tuple[Tensor, Tensor]) -> str | None:
     """Why this call cannot take the fused path; None if it can."""
-    attn = block.attn
-    if torch.is_grad_enabled() and (
-        image.requires_grad or text.requires_grad or any(p.requires_grad for p in block.parameters())
-    ):
+    attn, streams = block.attn, (image, text, *modulation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*streams, *block.parameters())):
         return "gradients are recorded"
-    if type(image) is not Tensor or type(text) is not Tensor or text.dtype != image.dtype:
+    if any(type(tensor) is not Tensor or tensor.dtype != image.dtype for tensor in streams):
         return "the streams are not plain tensors of one type"
+    if image.dtype not in _TYPES:
+        return f"the kernels are for {', '.join(map(str, _TYPES))}, not {image.dtype}"
     if torch.is_autocast_enabled(image.device.type):
         return "autocast is on"
     if attn.processor._parallel_config is not None or _is_sharded(attn):

@@ -88,7 +88,9 @@ def batches(shapes, kind, *, all_cases=True):
 def test_family(name, backend):
     config, shapes = FAMILY[name]
     ours = model(**config)
-    all_cases = backend == "reference" or DEVICE == "cuda" or name == "text-to-image"
+    all_cases = backend == "reference" or DEVICE == "cuda"
+    if not all_cases:
+        shapes = [(frames, rows // 2, columns // 2) for frames, rows, columns in shapes]
     for case, inputs in batches(shapes, "use_additional_t_cond" in config, all_cases=all_cases):
         plain, got = both(ours, moved(inputs), backend)
         assert relative(got, plain) < ROUNDING, case
@@ -98,7 +100,7 @@ def test_family(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_as_close_to_the_truth(backend, dtype):
     ours = model(zero_cond_t=True)
-    inputs = moved(transformer_inputs(FAMILY["edit-2511"][1], 2))
+    inputs = moved(transformer_inputs([(1, 2, 3), (1, 2, 2)], 2))
     with torch.no_grad(), kernels.use_backend("off"):
         exact = ours(**inputs).sample
     plain, got = both(ours.to(dtype), moved(inputs, dtype), backend)
@@ -143,7 +145,7 @@ def add_lora(ours, names=("default",), **config):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lora_on_the_default_modules(backend):
     ours = add_lora(model(), target_modules=TARGETS)
-    inputs = moved(transformer_inputs([(1, 4, 6)], 2))
+    inputs = moved(transformer_inputs([(1, 2, 3)], 2))
     for kwargs in ({}, {"attention_kwargs": {"scale": 0.3}}):
         plain, got = both(ours, {**inputs, **kwargs}, backend)
         assert relative(got, plain) < ROUNDING
@@ -288,8 +290,9 @@ def test_moving_and_deepcopy_after_a_fused_call():
     assert relative(got, plain) < ROUNDING
     ours.double()
     assert not attn.is_laid_out
-    _, got = both(ours, moved(inputs, torch.float64), "reference", taken=True)
-    assert relative(got, plain) < ROUNDING
+    both(ours, moved(inputs, torch.float64), "reference", taken=False)
+    _, got = both(ours.float(), inputs, "reference")
+    assert attn.is_laid_out and relative(got, plain) < ROUNDING
 
 
 def test_a_model_without_a_gpu_imports_no_kernels():

@@ -39,7 +39,8 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if backend(x.device).name != "triton" or x.device.type != "cuda":
+    half = x.dtype in (torch.bfloat16, torch.float16)  # the library's tanh is too coarse for fp32
+    if not half or x.device.type != "cuda" or backend(x.device).name != "triton":
         return linear_gelu_reference(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     result: Tensor = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)

@@ -131,26 +131,27 @@ def _launch(
         return total, h
     block = triton.next_power_of_2(width)
     gate_rows, scale_rows, shift_rows = (some if p is None else p for p in (gate, scale, shift))
-    _kernel[(num_tokens,)](
-        x,
-        y,
-        gate_rows,
-        scale_rows,
-        shift_rows,
-        x if index is None else index,
-        total,
-        h,
-        gate_rows.stride(0),
-        scale_rows.stride(0),
-        shift_rows.stride(0),
-        eps,
-        D=width,
-        BLOCK=block,
-        HAS_GATE=gate is not None,
-        HAS_NORM=scale is not None,
-        HAS_INDEX=index is not None,
-        num_warps=min(max(block // 512, 1), 16),
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _kernel[(num_tokens,)](
+            x,
+            y,
+            gate_rows,
+            scale_rows,
+            shift_rows,
+            x if index is None else index,
+            total,
+            h,
+            gate_rows.stride(0),
+            scale_rows.stride(0),
+            shift_rows.stride(0),
+            eps,
+            D=width,
+            BLOCK=block,
+            HAS_GATE=gate is not None,
+            HAS_NORM=scale is not None,
+            HAS_INDEX=index is not None,
+            num_warps=min(max(block // 512, 1), 16),
+        )
     return total, h
 
 

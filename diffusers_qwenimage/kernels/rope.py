@@ -135,22 +135,23 @@ def _launch(
         return
     block = triton.next_power_of_2(head_dim)
     heads = min(triton.next_power_of_2(num_heads), max(1024 // block, 1))
-    _kernel[(num_tokens, triton.cdiv(num_heads, heads), 2 if source is None else 3)](
-        joint if source is None else source.contiguous(),
-        joint,
-        rows,
-        query_weight.contiguous(),
-        key_weight.contiguous(),
-        table.contiguous(),
-        table.shape[0],
-        eps,
-        H=num_heads,
-        DIM=head_dim,
-        HEADS=heads,
-        BLOCK=block,
-        FROM_SOURCE=source is not None,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(joint):  # Triton launches on the current device
+        _kernel[(num_tokens, triton.cdiv(num_heads, heads), 2 if source is None else 3)](
+            joint if source is None else source.contiguous(),
+            joint,
+            rows,
+            query_weight.contiguous(),
+            key_weight.contiguous(),
+            table.contiguous(),
+            table.shape[0],
+            eps,
+            H=num_heads,
+            DIM=head_dim,
+            HEADS=heads,
+            BLOCK=block,
+            FROM_SOURCE=source is not None,
+            num_warps=4,
+        )
 
 
 # 3. Public

@@ -1,0 +1,164 @@
+"""The fused operations one by one, at the sizes of a 1328x1328 picture with 128 text tokens.
+
+    python benchmarks/kernels.py [--results FILE]
+
+Each against what it replaces. "GB/s" counts every input read once and every output written once.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from results import RESULTS, record
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
+
+from diffusers_qwenimage.kernels import backend, matmul, norm, rope
+
+WIDTH, HEADS, TEXT, IMAGE = 3072, 24, 128, 6889
+DTYPE = torch.bfloat16
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(backend(torch.device("cuda", 0)))
+
+    def note(case: str, function: Callable[[], object], *, flop: float = 0, values: int = 0) -> None:
+        microseconds = timed(function)
+        record("kernels", case, microseconds, "us", path=args.results)
+        if flop:
+            print(f"    {flop / microseconds / 1e6:.0f} TFLOP/s")
+        if values:
+            print(f"    {values * 2 / microseconds / 1e3:.0f} GB/s")
+
+    with torch.no_grad():
+        measure_norm(note)
+        measure_rope(note)
+        measure_matmul(note)
+        measure_attention(note)
+
+
+def random(*shape: int) -> Tensor:
+    """N(0, 1) on the GPU."""
+    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+
+
+def timed(function: Callable[[], object], repeats: int = 15) -> float:
+    """Median microseconds of a call, its inputs not in the cache."""
+    flush = torch.empty(256 * 2**20, device="cuda", dtype=torch.int8)
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure_norm(note: Callable[..., None]) -> None:
+    """Gate, residual, LayerNorm and modulation."""
+    for tokens in (IMAGE, TEXT):
+        x, y = random(1, tokens, WIDTH), random(1, tokens, WIDTH)
+        shift, scale, gate = random(1, 6 * WIDTH).chunk(6, dim=-1)[:3]
+
+        def separate(x: Tensor = x, y: Tensor = y) -> Tensor:
+            total = x + gate * y  # noqa: B023
+            return layer_norm(total, (WIDTH,), eps=1e-6) * (1 + scale) + shift  # noqa: B023
+
+        size = x.numel()
+        note(f"{tokens} tokens, gate + norm + modulation, separate", separate)
+        note(
+            f"{tokens} tokens, gate + norm + modulation, one kernel",
+            lambda: norm.gate_norm_modulate(x, y, gate, scale, shift),  # noqa: B023
+            values=4 * size,
+        )
+        note(
+            f"{tokens} tokens, norm + modulation, one kernel",
+            lambda: norm.norm_modulate(x, scale, shift),  # noqa: B023
+            values=2 * size,
+        )
+        note(
+            f"{tokens} tokens, gate, one kernel",
+            lambda: norm.gate_add(x, y, gate),  # noqa: B023
+            values=3 * size,
+        )
+
+
+def measure_rope(note: Callable[..., None]) -> None:
+    """RMSNorm and rotary positions of queries and keys."""
+    dim = WIDTH // HEADS
+    joint = random(TEXT + IMAGE, 3, HEADS, dim)
+    weight = torch.ones(dim, device="cuda", dtype=DTYPE)
+    for tokens, start in ((IMAGE, TEXT), (TEXT, 0)):
+        angle = torch.rand(tokens, dim // 2, device="cuda")
+        table = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        rows = torch.arange(start, start + tokens, device="cuda", dtype=torch.int32)
+        note(
+            f"{tokens} tokens, norm + rotation, one kernel",
+            lambda: rope.norm_rotate_into(joint, rows, weight, weight, table),  # noqa: B023
+            values=4 * tokens * WIDTH,
+        )
+
+
+def measure_matmul(note: Callable[..., None]) -> None:
+    """Fused projections, and GELU at the end of the matrix product."""
+    joint = random(TEXT + IMAGE, 3 * WIDTH)
+    weight, bias = random(3 * WIDTH, WIDTH), random(3 * WIDTH)
+    up, up_bias = random(4 * WIDTH, WIDTH), random(4 * WIDTH)
+    for tokens in (IMAGE, TEXT):
+        x, out = random(tokens, WIDTH), joint[:tokens]
+        flop = 2 * tokens * WIDTH * WIDTH
+
+        def three(x: Tensor = x, out: Tensor = out) -> None:
+            for column, part, one in zip(out.chunk(3, 1), weight.chunk(3), bias.chunk(3), strict=True):
+                matmul.linear_into(column, x, part, one)
+
+        note(f"{tokens} tokens, queries, keys and values, three products", three, flop=3 * flop)
+        note(
+            f"{tokens} tokens, queries, keys and values, one product",
+            lambda: matmul.linear_into(out, x, weight, bias),  # noqa: B023
+            flop=3 * flop,
+        )
+        note(
+            f"{tokens} tokens, MLP up, without GELU",
+            lambda: torch.addmm(up_bias, x, up.t()),  # noqa: B023
+            flop=4 * flop,
+        )
+        note(
+            f"{tokens} tokens, MLP up, GELU apart",
+            lambda: gelu(torch.addmm(up_bias, x, up.t()), approximate="tanh"),  # noqa: B023
+            flop=4 * flop,
+        )
+        note(
+            f"{tokens} tokens, MLP up, GELU in the product",
+            lambda: matmul.linear_gelu(x, up, up_bias),  # noqa: B023
+            flop=4 * flop,
+        )
+
+
+def measure_attention(note: Callable[..., None]) -> None:
+    """Attention on views of the joint buffer, and on tensors of their own."""
+    tokens = TEXT + IMAGE
+    joint = random(1, tokens, 3, HEADS, WIDTH // HEADS)
+    flop = 4 * tokens * tokens * WIDTH
+    views = [part.transpose(1, 2) for part in joint.unbind(2)]
+    copies = [part.contiguous() for part in views]
+    note("attention on the joint buffer", lambda: scaled_dot_product_attention(*views), flop=flop)
+    note("attention on contiguous tensors", lambda: scaled_dot_product_attention(*copies), flop=flop)
+
+
+if __name__ == "__main__":
+    main()
