@@ -240,17 +240,20 @@ def compare_unequal_batch(
 
 @torch.no_grad()
 def compare_streams(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
-    """The text stream beside the image stream, and before it."""
-    packed, _ = guidance_inputs(ours, side)
+    """The text stream and the next block's modulation beside the image stream, and one after the other."""
+    for case, inputs in (
+        ("forward", inputs_of(ours, side)),
+        ("step with guidance", guidance_inputs(ours, side)[0]),
+    ):
 
-    def one_after_the_other() -> None:
-        before, fused.text_beside_image = fused.text_beside_image, False
-        ours(**packed)
-        fused.text_beside_image = before
+        def one_stream(inputs: dict[str, object] = inputs) -> None:
+            fused.text_beside_image = False
+            ours(**inputs)
+            fused.text_beside_image = True
 
-    arms: Arms = {"beside the image": lambda: ours(**packed), "before the image": one_after_the_other}
-    for name, figures in in_turn(arms, repeats).items():
-        note(f"{side}x{side} step with guidance, ours (packed), text {name}", *figures)
+        arms: Arms = {"two streams": lambda x=inputs: ours(**x), "one stream": one_stream}
+        for name, figures in in_turn(arms, repeats).items():
+            note(f"{side}x{side} {case}, ours, {name}", *figures)
 
 
 @torch.no_grad()

@@ -67,8 +67,7 @@ class QwenImageTransformerBlock(nn.Module):
         """
         image, text = hidden_states, encoder_hidden_states
         if modulation is None:
-            regions = temb if temb.ndim == 3 else temb[:, None]
-            modulation = self.img_mod(regions), self.txt_mod(regions[:, 0])
+            modulation = self.modulation_of(temb if temb.ndim == 3 else temb[:, None])
         if (
             not torch.compiler.is_compiling()
             and not joint_attention_kwargs
@@ -112,6 +111,10 @@ class QwenImageTransformerBlock(nn.Module):
         if image.dtype == torch.float16:  # outliers of this model exceed fp16
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
+
+    def modulation_of(self, regions_BRD: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulation of the image stream [B, R, 6 D] and of the text stream [B, 6 D]."""
+        return self.img_mod(regions_BRD), self.txt_mod(regions_BRD[:, 0])
 
     def _is_fused(self, image: Tensor, text: Tensor, modulation: tuple[Tensor, Tensor]) -> bool:
         """Whether this call takes the fused path; the first time, its weights are laid out for it."""

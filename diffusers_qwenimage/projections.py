@@ -119,7 +119,8 @@ def project_three_into(out: Tensor, x: Tensor, modules: Sequence[nn.Module]) -> 
 
 def feed_forward(x: Tensor, module: FeedForward) -> Tensor:
     """The MLP with GELU of `x` [N, D]; see `is_plain_feed_forward`."""
-    up, down = cast(GELU, module.net[0]).proj, module.net[2]
+    first, _, down = module.net
+    up = cast(GELU, first).proj
     opened = open_linear(up, x)
     if opened is None or opened.updates or opened.bias is None:
         hidden = gelu(project(x, up), approximate="tanh")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -40,7 +40,11 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
+from .kernels import backend
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
+
+if TYPE_CHECKING:
+    from .fused import ModulationAhead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +236,12 @@ class QwenImageTransformer2DModel(
         if encoder_hidden_states_mask is not None:
             encoder_hidden_states_mask = encoder_hidden_states_mask.to(torch.bool)
 
+        ahead = self._modulation_ahead(region_temb) if modulation is None else None
+        of_block: tuple[Tensor, Tensor] | None = None
         for index, block in enumerate(self.transformer_blocks):
+            if modulation is not None:
+                of_block = modulation.image[None, index], modulation.text[None, index]
+            of_next = None if ahead is None else ahead.start(index + 1)
             arguments = (
                 image_BLD,
                 text_BTD,
@@ -240,7 +249,7 @@ class QwenImageTransformer2DModel(
                 region_temb if self.zero_cond_t else temb,
                 (image_table, text_table),
                 attention_kwargs,
-                None if modulation is None else (modulation.image[None, index], modulation.text[None, index]),
+                of_block,
                 text_lengths,
                 prod(shapes[0]) if self.zero_cond_t else None,
             )
@@ -248,6 +257,9 @@ class QwenImageTransformer2DModel(
                 text_BTD, image_BLD = self._gradient_checkpointing_func(block, *arguments)
             else:
                 text_BTD, image_BLD = block(*arguments)
+            if ahead is not None:
+                ahead.join()
+                of_block = of_next
             if controlnet_block_samples is not None:
                 interval = -(-len(self.transformer_blocks) // len(controlnet_block_samples))
                 image_BLD = image_BLD + controlnet_block_samples[index // interval]
@@ -401,6 +413,16 @@ class QwenImageTransformer2DModel(
         both = self.time_text_embed(torch.cat([timestep, timestep * 0]), like, additional_t_cond)
         temb, clean = both.chunk(2)
         return temb, torch.stack([temb, clean], dim=1)
+
+    def _modulation_ahead(self, regions_BRD: Tensor) -> "ModulationAhead | None":
+        """Where blocks take the fused path: what computes their modulation beside the block before."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if backend(regions_BRD.device).name == "off":
+            return None
+        from .fused import ModulationAhead  # here, since it imports Triton
+
+        return ModulationAhead(self._blocks(), regions_BRD)
 
     def _modulation_modules(self) -> Iterator[nn.Module]:
         for block in self._blocks():
