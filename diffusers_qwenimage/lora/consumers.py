@@ -135,6 +135,7 @@ CONSUMERS = (
         load=diffusers_loader(V0_35),
         evidence="ran",
         targets=("opensource", "diffusers"),
+        mixed_rank_targets=("diffusers",),
     ),
     Consumer(
         name="diffusers",
@@ -142,6 +143,7 @@ CONSUMERS = (
         load=diffusers_loader(V0_36),
         evidence="ran",
         targets=("opensource", "diffusers"),
+        mixed_rank_targets=("diffusers",),
     ),
     Consumer(
         name="diffusers",

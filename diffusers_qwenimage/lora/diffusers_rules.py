@@ -8,7 +8,7 @@ only keys that start with `transformer.` are looked at. So one alpha key beside 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers_qwenimage.lora.predict import Fate, Load, Outcome, Trait, Verdict
 from diffusers_qwenimage.lora.scales import METADATA_KEY
@@ -29,17 +29,24 @@ class DiffusersRules:
         marks_prefix_and_default: whether `diffusion_model.` and `default.` start the converter (0.36).
         top_level: whether flattened modules outside the blocks are found (0.39).
         optional_alpha: whether files of lora_down without alpha, and the alpha of lora_A, are read (0.42).
+        mixed_ranks: whether each module of a file without configuration gets the scale 1 (0.40); before, the
+            rank of the first module is the alpha of all.
     """
 
     marks_prefix_and_default: bool
     top_level: bool
     optional_alpha: bool
+    mixed_ranks: bool
 
 
-V0_35 = DiffusersRules(marks_prefix_and_default=False, top_level=False, optional_alpha=False)
-V0_36 = DiffusersRules(marks_prefix_and_default=True, top_level=False, optional_alpha=False)
-V0_40 = DiffusersRules(marks_prefix_and_default=True, top_level=True, optional_alpha=False)
-V0_42 = DiffusersRules(marks_prefix_and_default=True, top_level=True, optional_alpha=True)
+V0_35 = DiffusersRules(
+    marks_prefix_and_default=False, top_level=False, optional_alpha=False, mixed_ranks=False
+)
+V0_36 = DiffusersRules(
+    marks_prefix_and_default=True, top_level=False, optional_alpha=False, mixed_ranks=False
+)
+V0_40 = DiffusersRules(marks_prefix_and_default=True, top_level=True, optional_alpha=False, mixed_ranks=True)
+V0_42 = DiffusersRules(marks_prefix_and_default=True, top_level=True, optional_alpha=True, mixed_ranks=True)
 
 
 def diffusers_loader(rules: DiffusersRules) -> Load:
@@ -48,7 +55,9 @@ def diffusers_loader(rules: DiffusersRules) -> Load:
     def load(traits: Sequence[Trait], metadata: Mapping[str, str]) -> Outcome:
         converted = converts(traits, rules)
         outcome = convert(traits, rules) if converted else _direct(traits)
-        return _with_metadata(outcome, traits, metadata, converted=converted)
+        if METADATA_KEY in metadata:
+            return _with_metadata(outcome, traits, metadata, converted=converted)
+        return outcome if rules.mixed_ranks else _with_one_alpha(outcome, traits)
 
     return load
 
@@ -109,7 +118,7 @@ def _left_over(item: Trait, wanted: Sequence[str], rules: DiffusersRules, *, lor
 
 
 def _converted(item: Trait, rules: DiffusersRules, *, lora_a: bool) -> Fate:
-    if item.prefix not in ("", "diffusion_model.", "lora_unet_"):
+    if item.prefix not in ("", "diffusion_model.", "lora_unet_") or item.fused:
         return "lost"
     if item.magnitude:
         return "no magnitude"
@@ -146,18 +155,30 @@ def _direct(traits: Sequence[Trait]) -> Outcome:
 
 
 def _exact_peft(item: Trait) -> Fate:
-    if item.prefix != "transformer." or item.spelling != "lora_A":
+    if item.prefix != "transformer." or item.spelling != "lora_A" or item.fused:
         return "lost"
     if item.magnitude and item.magnitude not in PEFT_MAGNITUDES:
         return "no magnitude"
     return "applied"
 
 
+def _with_one_alpha(outcome: Outcome, traits: Sequence[Trait]) -> Outcome:
+    """The rank of the first module as the alpha of all: other ranks get another strength."""
+    if outcome.stopped or any(item.update.rank is None for item in traits):
+        return outcome
+    loaded = [item for item, fate in zip(traits, outcome.fates, strict=True) if fate != "lost"]
+    if not loaded:
+        return outcome
+    first = min(loaded, key=lambda item: min(tensor.key for tensor in item.update.tensors.values()))
+    factors = [(first.update.rank or 1) / (item.update.rank or 1) for item in traits]
+    return replace(outcome, factors=factors)
+
+
 def _with_metadata(
     outcome: Outcome, traits: Sequence[Trait], metadata: Mapping[str, str], *, converted: bool
 ) -> Outcome:
     """The effect of `lora_adapter_metadata`, which decides the scale of whatever was loaded."""
-    if outcome.stopped or METADATA_KEY not in metadata or all(fate == "lost" for fate in outcome.fates):
+    if outcome.stopped or all(fate == "lost" for fate in outcome.fates):
         return outcome
     fields = _fields(metadata[METADATA_KEY])
     if not any(key.startswith("transformer.") for key in fields):
@@ -166,14 +187,9 @@ def _with_metadata(
     alpha, rank = fields.get("transformer.lora_alpha"), fields.get("transformer.r")
     if not converted or not isinstance(alpha, int | float) or not isinstance(rank, int | float):
         return outcome  # without alpha keys, the scale that was read is that of the metadata
-    return Outcome(
-        fates=outcome.fates,
-        factors=[
-            alpha / rank if item.update.scale.source == "key" else 1.0 for item in traits
-        ],  # on top of the alpha keys
-        when_nothing=outcome.when_nothing,
-        when_partly=outcome.when_partly,
-    )
+    # On top of the alpha keys.
+    factors = [alpha / rank if item.update.scale.source == "key" else 1.0 for item in traits]
+    return replace(outcome, factors=factors)
 
 
 def _fields(text: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffusers_qwenimage.lora.architectures import block_index
+from diffusers_qwenimage.lora.architectures import QWEN_IMAGE, block_index
 from diffusers_qwenimage.lora.formats import parse_key
 from diffusers_qwenimage.lora.read import LoraFile
 from diffusers_qwenimage.lora.targets import find_target, refusal
@@ -47,6 +47,11 @@ class Trait:
     def has_alpha(self) -> bool:
         """Whether there is an alpha key."""
         return "alpha" in self.update.tensors
+
+    @property
+    def fused(self) -> bool:
+        """Whether the module is a fused projection, which only fused runtimes have."""
+        return QWEN_IMAGE.parts(self.update.module) is not None
 
     @property
     def top_level(self) -> bool:
@@ -125,13 +130,17 @@ Load = Callable[[Sequence[Trait], Mapping[str, str]], Outcome]
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
-    """A program and its version, the rules of its loader, and the targets it reads, the best first."""
+    """A program and its version, the rules of its loader, and the targets it reads, the best first.
+
+    `mixed_rank_targets` are those that it reads where modules have different ranks, if that matters.
+    """
 
     name: str
     version: str
     load: Load
     evidence: Evidence
     targets: tuple[str, ...] = ("opensource",)
+    mixed_rank_targets: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -184,7 +193,7 @@ def key_loader(rules: KeyRules) -> Load:
 def _fate(trait_: Trait, rules: KeyRules) -> Fate:
     prefixes = rules.flat_prefixes if trait_.flat else rules.prefixes
     update = trait_.update
-    if trait_.prefix not in prefixes:
+    if trait_.prefix not in prefixes or trait_.fused:
         return "lost"
     if (
         trait_.flat
@@ -257,7 +266,8 @@ def _judge(traits: Sequence[Trait], outcome: Outcome) -> tuple[Verdict, str, flo
 
 def _target(consumer: Consumer, traits: Sequence[Trait]) -> str:
     """The first target of the program that can hold the file."""
-    for name in consumer.targets:
+    mixed = len({item.update.rank for item in traits}) > 1
+    for name in consumer.mixed_rank_targets or consumer.targets if mixed else consumer.targets:
         target = find_target(name)
         if all(not refusal(target, item.update) for item in traits):
             return name

@@ -147,6 +147,25 @@ def test_a_scale_in_the_metadata() -> None:
     assert doubled["diffusers 0.42.1"].strength == 2.0
 
 
+def test_mixed_ranks() -> None:
+    """Seen with 0.37.1: the rank of the first module is taken as the alpha of all."""
+    tensors = {
+        **lora_tensors(modules=MODULES[1:2], rank=4, alpha=4.0),  # to_k, the first by name
+        **lora_tensors(modules=MODULES[:1], rank=8, alpha=8.0),
+    }
+    found = by_title(lora_file(tensors))
+    assert found["diffusers 0.42.1"].verdict == "exact" == found["ComfyUI 0.3.64"].verdict
+    old = found["diffusers 0.36 to 0.37.1"]
+    assert old.verdict == "strength" and "0.5 to 1" in old.detail and old.target == "diffusers"
+
+
+def test_fused_projections_exist_in_fused_runtimes_only() -> None:
+    file = lora_file(samples()["fused_qkv_for_nunchaku_runtime"].tensors())
+    found = by_title(file)
+    assert found["ComfyUI 0.3.64"].verdict == found["DiffSynth-Studio 2.1"].verdict == "partly"
+    assert found["ComfyUI 0.3.64"].num_applied == 8 and found["ComfyUI 0.3.64"].target == "opensource"
+
+
 def test_dora() -> None:
     for suffix, format_name, verdict in (
         ("lora_magnitude_vector", "diffusers", "exact"),
