@@ -22,8 +22,8 @@ CHUNK = 4000  # scenes made by one task
 CAPTIONS = 4  # of each scene
 TEXT_LENGTH = 48  # tokens after the template's prefix, the five of its end included
 ALL_ARRANGEMENTS = [arrangement for number in (1, 2, 3) for arrangement in ARRANGEMENTS[number]]
-# Classes of what the auxiliary loss reads off the text: background, arrangement, then count, size, colour and shape
-# of each group (count 0: no such group).
+# Classes of what the auxiliary loss reads off the text: background, arrangement, then count, size, colour and
+# shape of each group (count 0: no such group).
 FACT_CLASSES = [len(COLOURS), len(ALL_ARRANGEMENTS)] + [5, len(SIZES), len(COLOURS), len(SHAPES)] * 3
 IGNORED = -100
 

@@ -1,4 +1,4 @@
-"""Measure a checkpoint: draw captions whose combinations were held out of training, and judge the pictures' pixels.
+"""Measure a checkpoint: draw captions whose combinations were held out of training, judge the pictures.
 
     python evaluate.py                                 # 200 captions, the checkpoint inside the package
     python evaluate.py --model FOLDER --grid out.png --json out.json
@@ -60,7 +60,8 @@ def main() -> None:
     verdicts = [judge(picture, r.scene, r.caption) for picture, r in zip(pictures, requests, strict=True)]
     report(requests, verdicts)
     print(
-        f"{args.number} pictures, {args.steps} steps, CFG {args.cfg}, {args.dtype}, {args.library}: {seconds:.0f} s"
+        f"{args.number} pictures, {args.steps} steps, CFG {args.cfg}, {args.dtype}, {args.library}: "
+        f"{seconds:.0f} s"
     )
     if args.grid:
         save_grid(pictures, args.grid, verdicts)
@@ -148,9 +149,8 @@ def report(requests: list[Request], verdicts: list[Verdict]) -> None:
     summary = summarise(requests, verdicts)
     for name, (right, number) in summary["by category"].items():
         print(f"{name:22} {right:4} of {number:4}  {100 * right / number:5.1f} %")
-    print(
-        f"{'all':22} {summary['right']:4} of {summary['number']:4}  {100 * summary['right'] / summary['number']:5.1f} %"
-    )
+    right, number = summary["right"], summary["number"]
+    print(f"{'all':22} {right:4} of {number:4}  {100 * right / number:5.1f} %")
     print("faults:", ", ".join(f"{name} {number}" for name, number in summary["faults"].items()) or "none")
     for item in summary["wrong"]:
         print(f"  {item['caption']!r}: {', '.join(item['faults'])}; drawn: {item['found']}")

@@ -1,8 +1,9 @@
 """Scenes and the English captions that describe them.
 
-A `Scene` is a background colour, one to three groups of equal shapes, and how the groups lie to each other.
-`write_caption` phrases a scene in one of many ways and returns, beside the text, the relations it states, so that
-a picture is judged only by what its caption says. README.md beside this file documents the grammar for people.
+A `Scene` is a background colour, one to three groups of equal shapes, and how the groups lie to each
+other. `write_caption` phrases a scene in one of many ways and returns, beside the text, the relations it
+states, so that a picture is judged only by what its caption says. README.md beside this file documents
+the grammar for people.
 """
 
 import random
@@ -22,9 +23,9 @@ MAX_COUNT = 4
 HELD_OUT_PARTS = 20  # one in so many combinations is kept from training
 
 CORNERS = tuple((a, b) for a in SIDES for b in SIDES if (a in SIDES[:2]) != (b in SIDES[:2]))
-# All arrangements by number of groups. `("left",)` is "the first left of the second". `("row",)` is the three groups
-# from left to right. `("pair", a, b)`: first a of second, third b of both. `("corner", a, b)`: first a of second and
-# b of third.
+# All arrangements by number of groups. `("left",)` is "the first left of the second". `("row",)` is the three
+# groups from left to right. `("pair", a, b)`: first a of second, third b of both. `("corner", a, b)`: first a of
+# second and b of third.
 ARRANGEMENTS: dict[int, tuple[tuple[str, ...], ...]] = {
     1: (("single",),),
     2: tuple((side,) for side in SIDES),
@@ -104,7 +105,7 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(key.encode()) % HELD_OUT_PARTS == 0
 
 
-# --- captions -----------------------------------------------------------------------------------------------------
+# --- captions ---
 
 NUMBER_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 SIZE_WORDS = {
@@ -143,9 +144,9 @@ ITS_PHRASES = {
     "below": ("below it", "below", "under it", "beneath it", "underneath"),
 }
 PREFIXES = (
-    "a picture of,an image of,a drawing of,draw,draw,please draw,paint,show,show me,an illustration of,a photo of,"
-    "generate an image of,create a picture of,picture of,image of,make,a simple drawing of,an image with,"
-    "a picture showing,an image showing,i want"
+    "a picture of,an image of,a drawing of,draw,draw,please draw,paint,show,show me,an illustration of,"
+    "a photo of,generate an image of,create a picture of,picture of,image of,make,a simple drawing of,"
+    "an image with,a picture showing,an image showing,i want"
 ).split(",")
 SUFFIXES = (
     ", flat colors",
@@ -317,7 +318,8 @@ def add_background(text: str, colour: str, rng: random.Random) -> str:
         ]
         return f"{text}{rng.choice(('', '', '', ','))} {rng.choice(phrases)}"
     if form < 0.86:
-        return f"{text}{rng.choice((', ', ', ', '. '))}{rng.choice(('', '', article + ' ', 'the '))}{word} background"
+        joint, start = rng.choice((", ", ", ", ". ")), rng.choice(("", "", article + " ", "the "))
+        return f"{text}{joint}{start}{word} background"
     if form < 0.90:
         return f"{text}, the background is {word}"
     start = rng.choice(

@@ -1,9 +1,9 @@
 """Does a picture show what its caption says? Decided from the pixels alone.
 
-The background must have the named colour and be flat. What differs from it falls into connected pieces; each piece
-gets a colour (nearest of the palette to its inner pixels), a shape (best overlap with the five shapes in its box) and
-a size (its area, against the three sizes of such a scene). The pieces must be exactly those of the scene, and lie as
-the caption says.
+The background must have the named colour and be flat. What differs from it falls into connected pieces;
+each piece gets a colour (nearest of the palette to its inner pixels), a shape (best overlap with the
+five shapes in its box) and a size (its area, against the three sizes of such a scene). The pieces must
+be exactly those of the scene, and lie as the caption says.
 """
 
 import math
@@ -127,7 +127,7 @@ def lies(a: NDArray[np.float64], side: str, b: NDArray[np.float64]) -> bool:
     return bool(first[:, axis].max() + RELATION_MARGIN < second[:, axis].min())
 
 
-# --- seeing one piece ---------------------------------------------------------------------------------------------
+# --- seeing one piece ---
 
 
 def see(pixels: Pixels, background: NDArray[np.float64], piece: Mask, biggest: float) -> Object:
@@ -155,7 +155,7 @@ def nearest_colour(colour: NDArray[np.float64]) -> tuple[str, float]:
 
 
 def nearest_shape(share: NDArray[np.float64]) -> tuple[str, float, float, float, float]:
-    """The best of the five shapes, drawn with the same area and centre of mass as `share` (256, 256) in [0, 1].
+    """The best of the five shapes, drawn with the area and centre of mass of `share` (256, 256) in [0, 1].
 
     Returns its name, the overlap (sum of minima over sum of maxima), its centre and its radius.
     """
@@ -187,7 +187,7 @@ def unit_mass(shape: str) -> tuple[float, float]:
     return area / 100.0**2, float((drawn * axis[:, None]).sum()) / area / 100.0
 
 
-# --- masks --------------------------------------------------------------------------------------------------------
+# --- masks ---
 
 
 def grow(mask: Mask) -> Mask:

@@ -1,7 +1,7 @@
 """Where the shapes of a scene go, and how they are drawn.
 
-`lay_out` turns a scene into shapes with pixel coordinates; `render` draws a batch of scenes with flat colours and
-anti-aliased edges on any device. Distances are in pixels of a 256x256 picture.
+`lay_out` turns a scene into shapes with pixel coordinates; `render` draws a batch of scenes with flat
+colours and anti-aliased edges on any device. Distances are in pixels of a 256x256 picture.
 """
 
 import math
@@ -16,7 +16,7 @@ CANVAS = 256
 BORDER = 8.0  # kept free at each side of the picture
 GAP = 6.0  # between the boxes of two shapes
 BIGGEST_RADIUS = 54.0
-SIZE_FACTORS = {"small": 0.42, "medium": 0.68, "big": 1.0}
+SIZE_FACTORS = {"small": 0.5, "medium": 0.72, "big": 1.0}
 MAX_SHIFT = 22.0  # of a shape from the middle of its place
 MAX_SHAPES = MAX_GROUPS * MAX_COUNT
 
@@ -119,7 +119,7 @@ def group_centres(group: Group, box: Box) -> tuple[list[tuple[float, float]], fl
     return centres, pitch
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
-"""A small `Qwen2Tokenizer`: 256 bytes, merges that make every word of the grammar one token, special tokens.
+"""A small `Qwen2Tokenizer`: 256 bytes, merges that make every word of the grammar one token, special
+tokens.
 
-Text is split exactly as Qwen's tokenizer splits it, so the prefix of the chat template has its 34 tokens, and any
-other text still encodes, in bytes at worst.
+Text is split exactly as Qwen's tokenizer splits it, so the prefix of the chat template has its 34
+tokens, and any other text still encodes, in bytes at worst.
 """
 
 import json
@@ -14,8 +15,9 @@ from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
 TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 PREFIX_TOKENS = 34
 SUFFIX_TOKENS = 5  # <|im_end|> \n <|im_start|> assistant \n
@@ -25,12 +27,13 @@ SPECIAL_TOKENS = (
 ).split()
 # Beside the words of the grammar: what people type around it, and what captions of other programs hold.
 MORE_WORDS = (
-    "i you it its this that these those of to in at by for from with without and or not no one some any each every "
-    "has have having contains containing placed located positioned shown showing image picture photo drawing shape "
-    "shapes object objects color colour colors colours colored coloured scene please could would like want need draw "
-    "paint create generate make give show me us him her them then also plus only just very really quite pretty nice "
-    "beautiful simple plain flat clean bright dark light center centre middle top bottom left right side corner upper "
-    "lower half row column line grid five six seven eight nine ten zero none empty nothing circles squares pink brown"
+    "i you it its this that these those of to in at by for from with without and or not no one some any "
+    "each every has have having contains containing placed located positioned shown showing image "
+    "picture photo drawing shape shapes object objects color colour colors colours colored coloured "
+    "scene please could would like want need draw paint create generate make give show me us him her "
+    "them then also plus only just very really quite pretty nice beautiful simple plain flat clean "
+    "bright dark light center centre middle top bottom left right side corner upper lower half row "
+    "column line grid five six seven eight nine ten zero none empty nothing circles squares pink brown "
 ).split()
 
 
@@ -78,8 +81,8 @@ def list_words() -> list[str]:
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Merges, most important first, after which each word is one token.
 
-    A word is encoded with the merges so far and then joined from left to right. Later merges rank lower, so they
-    never change how an earlier word is built.
+    A word is encoded with the merges so far and then joined from left to right. Later merges rank lower, so
+    they never change how an earlier word is built.
     """
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
