@@ -140,7 +140,7 @@ class FlatAttention(nn.Module):
 
 
 def identity_over_time(value: Tensor) -> Tensor:
-    """A time convolution (out, in, 3, 1, 1) that repeats its last frame, out a multiple of in; or its bias."""
+    """A time convolution (out, in, 3, 1, 1) that repeats the last frame, out a multiple of in; or a bias."""
     result = torch.zeros_like(value)
     if value.ndim == 5:
         result[:, :, -1, 0, 0] = torch.eye(value.shape[1]).repeat(value.shape[0] // value.shape[1], 1)

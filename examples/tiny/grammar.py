@@ -24,8 +24,8 @@ HELD_OUT_PARTS = 20  # one in so many combinations is kept from training
 
 CORNERS = tuple((a, b) for a in SIDES for b in SIDES if (a in SIDES[:2]) != (b in SIDES[:2]))
 # All arrangements by number of groups. `("left",)` is "the first left of the second". `("row",)` is the three
-# groups from left to right. `("pair", a, b)`: first a of second, third b of both. `("corner", a, b)`: first a of
-# second and b of third.
+# groups from left to right. `("pair", a, b)`: first a of second, third b of both. `("corner", a, b)`: first a
+# of second and b of third.
 ARRANGEMENTS: dict[int, tuple[tuple[str, ...], ...]] = {
     1: (("single",),),
     2: tuple((side,) for side in SIDES),
