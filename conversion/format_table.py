@@ -4,16 +4,25 @@ A section of the README lies between `<!-- NAME -->` and `<!-- /NAME -->`. A tes
 date.
 """
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from diffusers_qwenimage.files import write_text
+from diffusers_qwenimage.lora.architectures import QWEN_IMAGE_21
+from diffusers_qwenimage.lora.consumers import CONSUMERS
 from diffusers_qwenimage.lora.formats import FORMATS
+from diffusers_qwenimage.lora.predict import Prediction, predict
+from diffusers_qwenimage.lora.read import LoraFile, parse_tensors
 from diffusers_qwenimage.lora.targets import ALIASES, TARGETS, Target
+from diffusers_qwenimage.lora.updates import stored
 
 README = Path(__file__).with_name("README.md")
+SAMPLES = Path(__file__).with_name("key_samples")
 MODULE = "transformer_blocks.0.attn.to_q"
 # Row of the table of kinds: its name, the kind in the code, and the entry of `Target.refused` that decides.
 KINDS = (
@@ -76,6 +85,40 @@ def kinds_table() -> str:
     return table(("kind", *TARGETS), rows)
 
 
+def programs_table() -> str:
+    """What each program makes of each key sample, without conversion."""
+    head = ("key sample", *(f"{c.title}{'' if c.evidence == 'ran' else ' *'}" for c in CONSUMERS))
+    rows = []
+    for path in sorted(SAMPLES.glob("*.json")):
+        sample = json.loads(path.read_text(encoding="utf-8"))
+        file = sample_file(path.stem, sample["keys"])
+        if file.architecture is QWEN_IMAGE_21:
+            continue
+        rows.append((path.stem, *(_outcome(p) for p in predict(file, CONSUMERS))))
+    return table(head, rows)
+
+
+def sample_file(name: str, keys: Mapping[str, Sequence[int]]) -> LoraFile:
+    """A sample with every alpha half of the rank, so that an alpha that is dropped shows as 2x."""
+    tensors = {}
+    for key, shape in keys.items():
+        if not key.endswith(".on_input"):
+            value = torch.full(tuple(shape), 2.0) if key.endswith(".alpha") else torch.zeros(tuple(shape))
+            tensors[key] = stored(key, value)
+    return parse_tensors(tensors, name=name)
+
+
+def _outcome(prediction: Prediction) -> str:
+    words = {"exact": "yes", "nothing": "nothing", "error": "error", "unrecognised": "not recognised"}
+    if prediction.verdict == "partly":
+        if prediction.num_applied == prediction.num_updates:
+            return "without magnitude"
+        return f"{prediction.num_applied}/{prediction.num_updates}"
+    if prediction.verdict == "strength":
+        return "wrong strength" if prediction.strength is None else f"{prediction.strength:g}x"
+    return words[prediction.verdict]
+
+
 def _cell(target: Target, kind: str, reason: str | None) -> str:
     if kind == "lora":
         return "renamed"
@@ -97,7 +140,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-SECTIONS = {"formats": formats_table, "targets": targets_table, "kinds": kinds_table}
+SECTIONS = {
+    "formats": formats_table,
+    "targets": targets_table,
+    "kinds": kinds_table,
+    "programs": programs_table,
+}
 
 
 def updated(text: str) -> str:

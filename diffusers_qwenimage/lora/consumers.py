@@ -147,7 +147,7 @@ CONSUMERS = (
     ),
     Consumer(
         name="diffusers",
-        version="0.40.0.dev0",
+        version="0.40.0",
         load=diffusers_loader(V0_40),
         evidence="ran",
         targets=("opensource", "diffusers"),
