@@ -169,6 +169,7 @@ def parse_tensors(
     for module in modules:
         updates += updates_of_module(module, rules, problems, read_values=read_values)
     architecture = detect_architecture((u.module for u in updates if u.component == "transformer"), metadata)
+    problems += _fused_twice(updates, architecture)
     dimensions, misfits = _check_shapes(updates, architecture, base_shapes)
     if not tensors:
         problems.append("it holds no tensors")
@@ -272,6 +273,16 @@ def _own_format(format_: Format, parsed: ParsedKey, main: Format) -> Format:
     if parsed.spelling is not None:
         return format_of(parsed.prefix, parsed.spelling) or format_
     return main if main.prefix == parsed.prefix else format_
+
+
+def _fused_twice(updates: list[LoraUpdate], architecture: Architecture) -> list[str]:
+    changed = {update.module for update in updates if update.component == "transformer"}
+    return [
+        f"{module} and {part} are both changed, and the one is a part of the other"
+        for module in sorted(changed)
+        for part in architecture.parts(module) or ()
+        if part in changed
+    ]
 
 
 def _check_shapes(

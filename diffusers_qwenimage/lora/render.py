@@ -107,7 +107,12 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
     work = _Work(target=target, options=options or Options())
     sources, notes = _sources(file, work)
     for update in sources:
-        _place(update, work)
+        if update.component == "transformer" and file.architecture.parts(update.module) and not target.fused:
+            work.refusals.append(
+                f"a {update.kind} of joined q, k and v cannot be taken apart ({update.module})"
+            )
+        else:
+            _place(update, work)
     parts = {update.module for update in sources} - {update.module for update in file.updates}
     work.steps[:] = [
         replace(step, action="split") if step.module in parts and step.action == "renamed" else step
@@ -126,7 +131,9 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
     config = _config(work)
     if config is not None and not target.directory:
         metadata[METADATA_KEY] = _prefixed_json(config)
-    warning = (target.warning,) if target.warning and _warns(target, work) else ()
+    warnings = (target.warning,) if target.warning and _warns(target, work) else ()
+    if target.dora_warning and any(update.magnitude_axis for update in work.updates):
+        warnings += (target.dora_warning,)
     return Rendered(
         target=target,
         tensors=tuple(tensors),
@@ -135,7 +142,7 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
         steps=tuple(work.steps),
         source_updates=tuple(sources),
         folded=work.folded,
-        notes=(*file.notes, *notes, *warning),
+        notes=(*file.notes, *notes, *warnings),
     )
 
 

@@ -32,6 +32,7 @@ class Target:
         fused: whether q, k and v are written as one module.
         directory: whether the target is a folder.
         warning: what a user of the file has to know.
+        dora_warning: the same for a file with DoRA magnitudes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     fused: bool = False
     directory: bool = False
     warning: str = ""
+    dora_warning: str = ""
 
     @property
     def holds_alpha(self) -> bool:
@@ -131,6 +133,7 @@ KOHYA = Target(
     alpha="always",
     kinds=frozenset({"lora", "dora", "lokr", "loha"}),
     refused=_ONLY_LORA,
+    dora_warning="OneTrainer and LyCORIS apply this DoRA as it was trained; musubi-tuner and ComfyUI do not",
     text_encoder=formats.TEXT_ENCODER_KOHYA,
 )
 NUNCHAKU = Target(
