@@ -3,13 +3,12 @@
     from diffusers_qwenimage.lora.convert import convert_lora
     convert_lora("style.safetensors", "style_comfy.safetensors", "opensource")
 
-architectures   the modules of each model and their sizes          updates     one weight change, its tensors
-and scale formats         how each tool spells its keys                      read        file -> updates, with
-everything checked grouping        tensors of a module -> kind and completeness       scales      where the
-scale of an update is found targets         what can be written, and what a target refuses     render
-updates -> names, scales and metadata factors         exact folding and expansion                        fused
-q, k and v as one module, and back approximate     the nearest low-rank factors                       metadata
-what stays true after a conversion write           one tensor at a time
-provenance  the way back, byte by byte convert         files: rendered, written, read back, proved
-verify      equality of weight changes, in fp64 report          what a file holds, as data and text
+Data: `updates` (one weight change, its tensors and scale), `architectures` (modules and their sizes),
+`formats` (how each tool spells its keys), `targets` (what can be written, what is refused). Reading:
+`sources` (local, Hub, ModelScope), `read`, `grouping` (kind and completeness), `scales`, `report`. Exact
+arithmetic: `factors` (folding, expansion), `fused` (q, k and v as one), `verify` (equality in fp64). Writing:
+`render` (names, scales, metadata of a target), `metadata`, `write` (one tensor at a time), `provenance` (the
+way back, byte by byte), `convert` (all of it on files). Editing: `compose`, `merge`, `resize`, `extract`,
+`bake`, `approximate` (the nearest low-rank factors). Elsewhere: `doctor` (known damage), `predict`,
+`consumers`, `diffusers_rules` (what other programs make of a file), `apply` (a LoRA for a model in memory).
 """

@@ -131,7 +131,7 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
     config = _config(work)
     if config is not None and not target.directory:
         metadata[METADATA_KEY] = _prefixed_json(config)
-    warnings = (target.warning,) if target.warning and _warns(target, work) else ()
+    warnings: tuple[str, ...] = (target.warning,) if target.warning and _warns(target, work) else ()
     if target.dora_warning and any(update.magnitude_axis for update in work.updates):
         warnings += (target.dora_warning,)
     return Rendered(
