@@ -57,7 +57,7 @@ _NEEDS_BASE = "is relative to the base weights, which the file does not hold"
 _ONLY_LORA: dict[str, str] = {
     "diff": "a full difference has no exact low-rank form",
     "diff_b": "a difference of a bias or a norm has no LoRA form",
-    "embedding": "a LoRA of an embedding is read by PEFT alone",
+    "embedding": "a LoRA of an embedding is read by PEFT and diffusers only",
     "glora": f"GLoRA {_NEEDS_BASE}",
     "oft": f"OFT {_NEEDS_BASE}",
     "ia3": f"IA3 {_NEEDS_BASE}",
@@ -94,9 +94,9 @@ DIFFUSERS = Target(
     readers="diffusers",
     format=formats.DIFFUSERS,
     alpha="metadata",
-    kinds=frozenset({"lora", "dora"}),
+    kinds=frozenset({"lora", "dora", "embedding"}),
     refused={
-        **{role: reason for role, reason in _ONLY_LORA.items() if role != "up_bias"},
+        **{role: reason for role, reason in _ONLY_LORA.items() if role not in ("up_bias", "embedding")},
         "input_axis": _NO_INPUT_AXIS,
     },
     warning="the scale is in lora_adapter_metadata, which only diffusers reads; ComfyUI and DiffSynth-Studio "

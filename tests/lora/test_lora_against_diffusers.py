@@ -121,6 +121,20 @@ def test_dora_against_diffusers(name: str, tmp_path: Path, model: QwenImageTrans
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)  # fp32 norms and division
 
 
+def test_a_lora_of_an_embedding_against_diffusers(tmp_path: Path, model: QwenImageTransformer2DModel) -> None:
+    """The metadata names the module; without it diffusers finds no rank in such a file."""
+    source, output = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    model.time_text_embed.addition_t_embedding = torch.nn.Embedding(2, 64)
+    write_source("layered_embedding_extra", source)
+    convert_lora(source, output, "diffusers")
+    load_into(model, output)
+    layer = model.time_text_embed.addition_t_embedding
+    assert_same(
+        {"time_text_embed.addition_t_embedding": layer.get_delta_weight("test").detach()},
+        expected_changes(source),
+    )
+
+
 def test_rank_stabilised_and_mixed_ranks_against_diffusers(
     tmp_path: Path, model: QwenImageTransformer2DModel
 ) -> None:

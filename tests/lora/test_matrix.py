@@ -23,7 +23,7 @@ HELD = {
     s.LOW_RANK: set(TARGETS),
     s.DIFFERENCE: {"comfyui"},
     s.NEEDS_BASE: set(),
-    s.EMBEDDING: {"peft"},
+    s.EMBEDDING: {"peft", "diffusers"},
     s.OTHER_MODEL: set(),
 }
 REASONS = {
