@@ -346,6 +346,45 @@ def test_hotswap_of_another_rank(pipe: diffusers_qwenimage.QwenImagePipeline) ->
         pipe.load_lora_weights(lora_tensors("kohya"), adapter_name="other", hotswap=True)
 
 
+@pytest.mark.parametrize("first", ["lora", "streaming"])
+def test_streamed_weights(first: str, pipe: diffusers_qwenimage.QwenImagePipeline, expected: Tensor) -> None:
+    """diffusers' group offload before or after the LoRA."""
+
+    def stream() -> None:
+        here = torch.device("cpu")
+        pipe.transformer.enable_group_offload(here, here, offload_type="leaf_level")
+
+    if first == "streaming":
+        stream()
+    pipe.load_lora_weights(lora_tensors("kohya"))
+    if first == "lora":
+        stream()
+    assert (picture(pipe) - expected).abs().max() < TOLERANCE
+
+
+def test_the_embedding_of_layered() -> None:
+    transformer = transformers(use_layer3d_rope=True, use_additional_t_cond=True)[0]
+    module = "transformer.time_text_embed.addition_t_embedding"
+    tensors = {
+        f"{module}.lora_embedding_A": random(3, 2),
+        f"{module}.lora_embedding_B": random(48, 3),
+        **lora_tensors("diffusers", alpha=None),
+    }
+    file = read_state_dict(tensors)
+    inputs = transformer_inputs([(1, 4, 6)] * 4, kind=True)
+    with torch.no_grad():
+        plain = transformer(**inputs).sample
+        attach_lora(transformer, file)
+        loaded = transformer(**inputs).sample
+        detach_loras(transformer)
+        for update in file.updates:
+            weight = transformer.get_submodule(update.module).weight
+            weight.copy_(changed_weight(weight, update))
+        merged = transformer(**inputs).sample
+    assert (plain - merged).abs().max() > 100 * TOLERANCE
+    assert (loaded - merged).abs().max() < TOLERANCE
+
+
 def test_state_dict_of_a_file(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "a.safetensors", "kohya")
     state, config = diffusers_qwenimage.QwenImagePipeline.lora_state_dict(path, return_lora_metadata=True)
