@@ -57,6 +57,8 @@ def diffusers_loader(rules: DiffusersRules) -> Load:
         outcome = convert(traits, rules) if converted else _direct(traits)
         if METADATA_KEY in metadata:
             return _with_metadata(outcome, traits, metadata, converted=converted)
+        if not converted and traits and all(item.update.kind == "embedding" for item in traits):
+            return Outcome(stopped=("error", "no rank is found without lora_adapter_metadata (IndexError)"))
         return outcome if rules.mixed_ranks else _with_one_alpha(outcome, traits)
 
     return load
