@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,10 +92,17 @@ def write_text(path: str | Path, text: str) -> None:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors (on any device, made contiguous) as one safetensors file, atomically."""
+    """Write tensors (on any device, made contiguous) as one safetensors file, atomically.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
     with replace_file(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}.") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,8 @@ def write_card(output: Path, config: TrainConfig, *, base: str, weights: str, st
     settings = yaml.safe_dump(
         {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
     )
-    sample = sorted((output / SAMPLES).glob("step-*.png"), key=lambda path: path.stat().st_mtime)[-1:]
+    pictures = (output / SAMPLES).glob("step-*.png")
+    sample = sorted(pictures, key=lambda path: path.stat().st_mtime)[-1:]
     shown = f"![validation pictures]({SAMPLES}/{sample[0].name})\n\n" if sample else ""
     head: dict[str, object] = (
         {"base_model": base} if base.count("/") == 1 and not base.startswith((".", "/")) else {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_qwenimage.files import write_safetensors
+from diffusers_qwenimage.files import write_safetensors, write_text
 from diffusers_qwenimage.lora.convert import write_rendered
 from diffusers_qwenimage.lora.read import read_state_dict
 from diffusers_qwenimage.lora.render import Options, render
@@ -135,7 +135,7 @@ def find_format(config: TrainConfig) -> Target:
 
 
 def save_weights(
-    path: Path, values: Mapping[str, Tensor], config: TrainConfig, metadata: Mapping[str, str]
+    path: Path, values: Mapping[str, Tensor], config: TrainConfig, metadata: Mapping[str, str], *, dit: Any
 ) -> None:
     """Write trained weights as other programs read them, in `dtype`.
 
@@ -144,6 +144,7 @@ def save_weights(
         values: by the names of `TrainedModels.parameters`.
         config: what was trained, and the format.
         metadata: of the file.
+        dit: the transformer; its config is written beside its weights.
     """
     dtype = DTYPES[config.dtype]
     stored = {name: value.detach().to("cpu", dtype) for name, value in values.items()}
@@ -152,6 +153,8 @@ def save_weights(
             f"pipe.{name}".removeprefix(config.remove_prefix_in_ckpt): value for name, value in stored.items()
         }
         write_safetensors(path, named, {"format": "pt", **metadata})
+        if config.trained_models == ("dit",):  # tells loaders the sizes of heads, which shapes do not
+            write_text(path.with_name("config.json"), dit.to_json_string())
         return
     target = find_format(config)
     tensors = {_plain_key(name): value for name, value in stored.items()}

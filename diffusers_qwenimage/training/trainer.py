@@ -316,9 +316,11 @@ class Trainer:
             averages = self.average.values if self.average else {}
             check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
             metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
-            save_weights(path, tensors, self.config, metadata)
+            dit = self.trained.modules["dit"]
+            save_weights(path, tensors, self.config, metadata, dit=dit)
             if averages:
-                save_weights(self.output / f"{stem}-ema.safetensors", averages, self.config, metadata)
+                average_path = self.output / f"{stem}-ema.safetensors"
+                save_weights(average_path, averages, self.config, metadata, dit=dit)
             state = State(
                 step=step,
                 trained={**tensors, **{EMA_PREFIX + name: value for name, value in averages.items()}},

@@ -1,0 +1,135 @@
+"""A run that was killed, stopped or spread over processes ends as the uninterrupted one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_data import arguments, config
+
+from diffusers_qwenimage.training.checkpoints import list_states, load_state
+from diffusers_qwenimage.training.logs import read_log
+from diffusers_qwenimage.training.trainer import train
+
+# Everything that could break the equality: dropout, recomputation, accumulation, clipping, moving averages.
+RUN = {
+    "max_steps": 80,
+    "save_steps": 10,
+    "gradient_accumulation_steps": 2,
+    "dataset_repeat": 3,
+    "lora_dropout": 0.1,
+    "caption_dropout": 0.2,
+    "use_gradient_checkpointing": True,
+    "ema_decay": 0.9,
+    "lr_schedule": "cosine",
+    "warmup_steps": 5,
+    "lora_target_modules": "to_q,to_k,img_mod.1",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_at_step_37_of_80(workplace, dtype):
+    train(config(output_path="whole", dtype=dtype, **RUN))
+    process = start(output_path="out", dtype=dtype, **RUN)
+    wait_for_steps(process, "out", 37)
+    process.kill()
+    process.wait()
+    done = read_log(Path("out/log.csv"))[-1].step
+    assert 37 <= done < 80
+    assert [step for step, _ in list_states(Path("out"))][-1] <= done
+    train(config(output_path="out", dtype=dtype, resume_from="latest", **RUN))
+    assert_same_runs("whole", "out", steps=80)
+
+
+def test_sigterm_saves_and_exits_with_0(workplace):
+    settings = {**RUN, "max_steps": 60, "save_steps": 50}
+    train(config(output_path="whole", **settings))
+    process = start(**settings)
+    wait_for_steps(process, "out", 7)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    done = read_log(Path("out/log.csv"))[-1].step
+    assert done < 60 and [step for step, _ in list_states(Path("out"))] == [done]
+    assert (Path("out") / f"step-{done}.safetensors").is_file()
+    train(config(resume_from="latest", **settings))
+    assert_same_runs("whole", "out", steps=60)
+
+
+@pytest.mark.parametrize("model", ["dit", "dit,text_encoder", "vae"])
+def test_full_fine_tuning_resumes(workplace, model):
+    settings = {"trainable_models": model, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    train(config(output_path="whole", **settings))
+    train(config(output_path="out", **settings))
+    remove_state("out", 4)
+    train(config(output_path="out", resume_from="latest", **settings))
+    assert_same_runs("whole", "out", steps=4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_equal_one(workplace):
+    """Two processes are one with accumulation, up to the order of additions; and they resume bit for bit."""
+    settings = {**RUN, "max_steps": 80, "lora_dropout": 0.0}
+    train(config(output_path="one", **settings))
+    pair = {**settings, "gradient_accumulation_steps": 1}
+    assert start(processes=2, output_path="whole", **pair).wait(timeout=300) == 0
+    process = start(processes=2, output_path="out", **pair)
+    wait_for_steps(process, "out", 37)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert read_log(Path("out/log.csv"))[-1].step < 80
+    assert start(processes=2, output_path="out", resume_from="latest", **pair).wait(timeout=300) == 0
+    assert_same_runs("whole", "out", steps=80)
+    for one, two in zip(read_log(Path("one/log.csv")), read_log(Path("whole/log.csv")), strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-4), one.step  # sums in another order, 80 steps
+    final = load_file("one/step-80.safetensors"), load_file("whole/step-80.safetensors")
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(tensor, final[1][name], rtol=1e-3, atol=1e-4)
+
+
+def start(processes=1, **changes):
+    """`qwenimage train` in a process of its own, or in several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    line = [*launcher, "-m", "diffusers_qwenimage", "train", *arguments(**changes)]
+    with Path("process.log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            line,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+
+
+def wait_for_steps(process, output, steps):
+    deadline = time.monotonic() + 120
+    path = Path(output) / "log.csv"
+    while not path.is_file() or path.read_text(encoding="utf-8").count("\n") < steps + 1:
+        assert process.poll() is None, Path("process.log").read_text(encoding="utf-8")
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def remove_state(output, step):
+    (Path(output) / f"step-{step}.state").rename(Path(output) / "gone")
+
+
+def assert_same_runs(first, second, *, steps):
+    logs = [read_log(Path(folder) / "log.csv") for folder in (first, second)]
+    facts = [[(r.step, r.epoch, r.loss, r.learning_rate, r.grad_norm) for r in log] for log in logs]
+    assert [fact[0] for fact in facts[0]] == list(range(1, steps + 1))
+    assert facts[0] == facts[1]
+    states = [load_state(Path(folder) / f"step-{steps}.state") for folder in (first, second)]
+    assert states[0].trained.keys() == states[1].trained.keys()
+    assert all(torch.equal(value, states[1].trained[name]) for name, value in states[0].trained.items())
+    weights = [load_file(Path(folder) / f"step-{steps}.safetensors") for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

@@ -1,0 +1,68 @@
+"""Datasets and options for the tests of training."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusers_qwenimage.training.config import TrainConfig
+from diffusers_qwenimage.training.options import make_config
+
+# As in the README's step 2.
+MODEL = (
+    "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors,"
+    "Qwen/Qwen-Image:text_encoder/model*.safetensors,"
+    "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
+)
+TARGETS = (
+    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+)
+
+
+def write_dataset(folder: Path, *, num: int, size: tuple[int, int], seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    rows = [("image", "prompt")]
+    for index in range(num):
+        random_picture(size, seed + index).save(folder / f"{index}.png")
+        rows.append((f"{index}.png", f"a picture, number {index}"))
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def random_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A random picture of (width, height)."""
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    """Options of a short LoRA run in fp32 in the working directory."""
+    values: dict[str, Any] = {
+        "dataset_base_path": "data",
+        "model_id_with_origin_paths": MODEL,
+        "output_path": "out",
+        "dtype": "float32",
+        "lora_base_model": "dit",
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        **changes,
+    }
+    if "trainable_models" in changes:
+        del values["lora_base_model"]
+    return values
+
+
+def config(**changes: Any) -> TrainConfig:
+    return make_config(options(**changes))
+
+
+def arguments(**changes: Any) -> list[str]:
+    """The same as a command line."""
+    line = []
+    for name, value in options(**changes).items():
+        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
