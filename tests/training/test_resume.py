@@ -94,10 +94,8 @@ def test_two_processes_resume_and_equal_one(workplace):
 def start(processes=1, **changes):
     """`qwenimage train` in a process of its own, or in several."""
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    if processes > 1:  # accelerate's own launcher starts several CPU processes with mpirun only
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     line = [*launcher, "-m", "diffusers_qwenimage", "train", *arguments(**changes)]
     with Path("process.log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
@@ -105,7 +103,11 @@ def start(processes=1, **changes):
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                "ACCELERATE_USE_CPU": "true",
+            },
         )
 
 

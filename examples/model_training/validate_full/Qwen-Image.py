@@ -1,0 +1,18 @@
+import torch
+
+from diffusers_qwenimage.diffsynth import ModelConfig, QwenImagePipeline
+
+MODEL = "Qwen/Qwen-Image"
+
+pipe = QwenImagePipeline.from_pretrained(
+    torch_dtype=torch.bfloat16,
+    device="cuda",
+    model_configs=[
+        ModelConfig("models/train/Qwen-Image_full/epoch-1.safetensors"),
+        ModelConfig(model_id=MODEL, origin_file_pattern="text_encoder/model*.safetensors"),
+        ModelConfig(model_id=MODEL, origin_file_pattern="vae/diffusion_pytorch_model.safetensors"),
+    ],
+    tokenizer_config=ModelConfig(model_id=MODEL, origin_file_pattern="tokenizer/"),
+)
+image = pipe("emoji of a grinning face", seed=0, num_inference_steps=40)
+image.save("image.jpg")
