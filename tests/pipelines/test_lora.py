@@ -346,6 +346,22 @@ def test_hotswap_of_another_rank(pipe: diffusers_qwenimage.QwenImagePipeline) ->
         pipe.load_lora_weights(lora_tensors("kohya"), adapter_name="other", hotswap=True)
 
 
+def test_hotswap_does_not_recompile(pipe: diffusers_qwenimage.QwenImagePipeline) -> None:
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(lora_tensors("kohya", rank=4, seed=1), adapter_name="style")
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    inputs = transformer_inputs([(1, 4, 6)])
+    with torch.no_grad():
+        first = compiled(**inputs).sample
+        pipe.load_lora_weights(
+            lora_tensors("diffsynth", rank=8, alpha=None), adapter_name="style", hotswap=True
+        )
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            second = compiled(**inputs).sample
+        assert (first - second).abs().max() > 100 * TOLERANCE
+        assert (second - pipe.transformer(**inputs).sample).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("first", ["lora", "streaming"])
 def test_streamed_weights(first: str, pipe: diffusers_qwenimage.QwenImagePipeline, expected: Tensor) -> None:
     """diffusers' group offload before or after the LoRA."""
