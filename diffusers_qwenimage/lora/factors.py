@@ -35,25 +35,27 @@ class Folded:
     upcast: bool
 
 
-def fold_scale(update: LoraUpdate, *, allow_rounding: bool) -> Folded | None:
-    """Multiply the scale into one factor; None if no way is exact and rounding is not allowed.
+def fold_scale(
+    update: LoraUpdate, *, allow_rounding: bool, roles: tuple[str, str] = ("up", "down")
+) -> Folded | None:
+    """Multiply the scale into one of two factors; None if no way is exact and rounding is not allowed.
 
-    Tried in turn: the up factor, the down factor, both in their own type, then in fp32. Each is compared with
-    the product in fp64 before it is taken. With rounding allowed, the up factor is rounded to fp32 as the
+    Tried in turn: the first factor, the second, both in their own type, then in fp32. Each is compared with
+    the product in fp64 before it is taken. With rounding allowed, the first factor is rounded to fp32 as the
     last resort.
     """
     scale = update.scale.value
     if is_short(update.scale.exact):
         for upcast in (False, True):
-            for role in ("up", "down"):
+            for role in roles:
                 source = update.tensors[role]
                 dtype = torch.float32 if upcast and source.dtype.itemsize < 4 else source.dtype
                 if _product_is_exact(update.load(role), scale, dtype):
                     return _folded(update, role, scale, dtype, exact=True)
     if not allow_rounding:
         return None
-    dtype = update.tensors["up"].dtype
-    return _folded(update, "up", scale, torch.float32 if dtype.itemsize < 4 else dtype, exact=False)
+    dtype = update.tensors[roles[0]].dtype
+    return _folded(update, roles[0], scale, torch.float32 if dtype.itemsize < 4 else dtype, exact=False)
 
 
 def is_short(scale: Fraction | None) -> bool:

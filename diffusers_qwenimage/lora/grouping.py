@@ -159,10 +159,8 @@ def _scale(
     if kind in ("diff", "diff_b", "set_weight", "ia3", "oft"):
         return unit_scale()
     rank = next((tensors[role].shape[axis] for role, axis in _SCALE_AXES if role in tensors), None)
-    if (
-        rank is None
-    ):  # LoKr with two whole factors: its alpha is a placeholder (ai-toolkit) or equals the rank
-        return unit_scale()
+    if rank is None:
+        return rules.whole_lokr(module.path)
     if "alpha" in tensors:
         return scale_from_key(tensors["alpha"], rank, problems, read_values=read_values)
     if module.component == "text_encoder":

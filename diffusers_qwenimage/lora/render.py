@@ -172,11 +172,11 @@ def _place(update: LoraUpdate, work: _Work) -> None:
         if placed is None:
             return
         update, action = placed
-    elif update.kind == "lokr" and update.rank is None and not update.scale.is_one:
-        work.refusals.append(f"a LoKr of whole factors has no key for its scale ({update.module})")
-        return
-    if update.kind in ("lora", "dora", "embedding") and not target.holds_alpha and not update.scale.is_one:
-        folded = fold_scale(update, allow_rounding=approximate)
+    whole = update.kind == "lokr" and update.rank is None  # loaders read no scale beside whole factors
+    plain = update.kind in ("lora", "dora")
+    if (whole or (plain and not target.holds_alpha)) and not update.scale.is_one:
+        roles = ("up", "down") if plain else ("lokr_w2", "lokr_w1")
+        folded = fold_scale(update, allow_rounding=approximate, roles=roles)
         if folded is None:
             work.refusals.append(
                 f"{target.name} has no place for a scale, and {update.scale.value:.6g} cannot be multiplied "
@@ -186,7 +186,7 @@ def _place(update: LoraUpdate, work: _Work) -> None:
         if action == "renamed":
             action = "folded" if folded.exact else "approximated"
         work.folded[update.tensors[folded.role].key] = update.scale.value
-        update = replace(update, tensors=folded.tensors, scale=unit_scale(update.tensors["down"].shape[0]))
+        update = replace(update, tensors=folded.tensors, scale=unit_scale(update.rank or 1))
     work.updates.append(update)
     work.steps.append(Step(module=update.module, action=action))
 

@@ -32,6 +32,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     rank_pattern: Mapping[str, int]
     rslora: bool
+    lokr: bool
 
     def scale(self, module: str, rank: int, source: ScaleSource) -> Scale:
         """The scale of a module; raises ValueError if the tensors have another rank than stated."""
@@ -59,6 +60,18 @@ class ScaleRules:
         except ValueError as error:
             problems.append(str(error))
             return unit_scale(rank)
+
+    def whole_lokr(self, module: str) -> Scale:
+        """The scale of a LoKr of two whole factors: that of PEFT's configuration, else 1.
+
+        PEFT multiplies by alpha / r there, too. Everybody else ignores the alpha key: it is a placeholder
+        (ai-toolkit) or equals the rank (LyCORIS).
+        """
+        if self.config is None or not self.config.lokr:
+            return unit_scale()
+        rank = _lookup(self.config.rank_pattern, module, self.config.rank)
+        alpha = _lookup(self.config.alpha_pattern, module, self.config.alpha)
+        return Scale(alpha=alpha, rank=rank, source=self.source)
 
 
 def scale_rules(
@@ -137,6 +150,7 @@ def _config(raw: Mapping[str, object]) -> AdapterConfig | None:
         alpha_pattern=_pattern(raw, "alpha_pattern"),
         rank_pattern={key: int(value) for key, value in _pattern(raw, "rank_pattern").items()},
         rslora=raw.get("use_rslora") is True,
+        lokr=raw.get("peft_type") == "LOKR",
     )
 
 

@@ -69,6 +69,23 @@ def test_the_alpha_of_whole_lokr_factors_is_ignored(name: str, alpha: float) -> 
     assert not any(key.endswith(".alpha") for key in converted)
 
 
+@pytest.mark.parametrize(("alpha", "actions"), [(4, {"renamed"}), (8, {"folded"}), (3, {"folded"})])
+def test_the_scale_of_whole_lokr_factors_by_peft(alpha: int, actions: set[str], tmp_path: Path) -> None:
+    """PEFT multiplies whole factors by alpha / r; ComfyUI does not, so the scale goes into a factor."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = samples()["diffusion_pipe_lokr_peft"].tensors()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 4, "alpha": alpha}))
+    conversion = convert_lora(folder, tmp_path / "out.safetensors", "comfyui")
+    assert {step.action for step in conversion.steps} == actions
+    update = read_lora(tmp_path / "out.safetensors").updates[0]
+    w1, w2 = (tensors[f"diffusion_model.{update.module}.lokr_{name}"].double() for name in ("w1", "w2"))
+    assert torch.equal(delta_weight(update), torch.kron(w1, w2) * alpha / 4)
+    back = convert_lora(tmp_path / "out.safetensors", tmp_path / "back", "original")
+    assert back.restored and (tmp_path / "back" / "adapter_config.json").exists()
+
+
 def test_the_header_alone(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file(samples()["musubi_lora"].tensors(), path)
