@@ -94,7 +94,8 @@ def changed_weight(weight: Tensor, update: LoraUpdate, strength: float = 1.0) ->
             "the LoRA is of another model."
         )
     left, right = (factor.to(weight.device, dtype) for factor in update_factors(update))
-    changed: Tensor = base + strength * (left @ right if right.numel() else left)
+    low_rank = right.numel() > 0  # else the change is `left` itself
+    changed = torch.addmm(base, left, right, alpha=strength) if low_rank else base.add(left, alpha=strength)
     if not _is_dora(update):
         return changed
     axis = 1 if update.magnitude_axis == "output" else 0

@@ -167,8 +167,8 @@ def _baked(
         for update, strength in weighted:
             changed = changed_weight(changed, update, strength)
         rounded = changed.to(base.dtype)
-        rounding.error += float((rounded.float() - changed).double().square().sum())
-        rounding.change += float((changed - base.float()).double().square().sum())
+        rounding.error += float(torch.linalg.vector_norm(rounded - changed)) ** 2
+        rounding.change += float(torch.linalg.vector_norm(changed - base)) ** 2
         rounding.changed.add(name)
         return rounded
 

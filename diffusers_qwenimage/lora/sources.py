@@ -9,7 +9,7 @@ A remote file can be looked into without fetching it: its header is read by HTTP
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,21 @@ class RemoteLora:
         return f"{self.hub}:{self.model_id}{path}{revision}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How Hugging Face is asked, where it differs from the client's settings.
+
+    Attributes:
+        token: of a private repository; None is the stored one, False none.
+        cache_dir: where to keep files; None is the client's cache.
+        force_download: fetch again what is cached.
+    """
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+
+
 def parse_source(source: str | Path, *, hub: Hub = "huggingface") -> Path | RemoteLora:
     """A local path if there is such a file or folder, else a file on a hub.
 
@@ -82,6 +97,7 @@ def find_lora(
     revision: str | None = None,
     hub: Hub = "huggingface",
     local_files_only: bool = False,
+    access: Access | None = None,
 ) -> Path:
     """The local path of a LoRA file (a PEFT folder for adapter_model.safetensors), fetched if need be.
 
@@ -89,6 +105,7 @@ def find_lora(
         source: see the top of this file.
         weight_name: the file in the folder or repository; needed only where there are several.
         subfolder: the folder in the folder or repository.
+        access: for Hugging Face, where it differs from the client's settings.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,7 +114,10 @@ def find_lora(
     """
     place = parse_source(source, hub=hub)
     if isinstance(place, RemoteLora):
-        return _fetch(place, _join(subfolder, weight_name), revision or place.revision, local_files_only)
+        wanted = replace(
+            place, path=_join(place.path, subfolder, weight_name), revision=revision or place.revision
+        )
+        return _fetch(wanted, local_files_only, access or Access())
     if place.is_file():
         return place
     folder = place / subfolder if subfolder else place
@@ -147,31 +167,57 @@ def choose_file(names: Sequence[str], place: str) -> str:
     return names[0]
 
 
-def _fetch(remote: RemoteLora, inner: str | None, revision: str | None, local_only: bool) -> Path:
-    path = "/".join(part for part in (remote.path, inner) if part) or None
+def _fetch(remote: RemoteLora, local_only: bool, access: Access) -> Path:
+    path = remote.path
     if path is None or not path.endswith(".safetensors"):
-        path = choose_file(_names(remote, path, revision, local_only), str(remote))
-    patterns = [path]
+        path = choose_file(_names(remote, local_only, access), str(remote))
+    paths = [path]
     if path.split("/")[-1] == ADAPTER_MODEL:
-        patterns.append(path.removesuffix(ADAPTER_MODEL) + ADAPTER_CONFIG)
-    files = find_files(remote.model_id, patterns, hub=remote.hub, local_only=local_only, revision=revision)
-    return files[0]
+        paths.append(path.removesuffix(ADAPTER_MODEL) + ADAPTER_CONFIG)
+    if access == Access():
+        revision = remote.revision
+        found = find_files(remote.model_id, paths, hub=remote.hub, local_only=local_only, revision=revision)
+        return found[0]
+    if remote.hub != "huggingface":
+        raise ValueError("token, cache_dir and force_download are settings of Hugging Face alone.")
+    from huggingface_hub import hf_hub_download
+
+    with explained("Hugging Face", remote.model_id):
+        fetched = [
+            hf_hub_download(
+                remote.model_id,
+                name,
+                revision=remote.revision,
+                cache_dir=access.cache_dir,
+                force_download=access.force_download,
+                token=access.token,
+                local_files_only=local_only,
+            )
+            for name in paths
+        ]
+    return Path(fetched[0])
 
 
-def _names(remote: RemoteLora, folder: str | None, revision: str | None, local_only: bool) -> list[str]:
+def _names(remote: RemoteLora, local_only: bool, access: Access) -> list[str]:
     """The .safetensors files of a repository, from the hub, or from the cache if it must not be asked."""
     if local_only:
-        root = HUBS[remote.hub].cached(remote.model_id, revision)
+        root = HUBS[remote.hub].cached(remote.model_id, remote.revision)
         found = sorted(root.rglob("*.safetensors")) if root else []
         names = [file.relative_to(root).as_posix() for file in found] if root else []
+    elif access.token is not None and remote.hub == "huggingface":
+        from huggingface_hub import HfApi
+
+        with explained("Hugging Face", remote.model_id):
+            api = HfApi(token=access.token)
+            names = api.list_repo_files(remote.model_id, revision=remote.revision)
     else:
-        names = [file.path for file in HUBS[remote.hub].list_files(remote.model_id, revision)]
-    inside = f"{folder}/" if folder else ""
+        names = [file.path for file in HUBS[remote.hub].list_files(remote.model_id, remote.revision)]
+    inside = f"{remote.path}/" if remote.path else ""
     return [name for name in names if name.endswith(".safetensors") and name.startswith(inside)]
 
 
-def _join(subfolder: str | None, weight_name: str | None) -> str | None:
-    return "/".join(part for part in (subfolder, weight_name) if part) or None
+def _join(*parts: str | None) -> str | None:
+    return "/".join(part for part in parts if part) or None
 
 
 def _parse(start: bytes, size: int, name: str, read: Callable[[int, int], bytes]) -> SafetensorsHeader:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusers_qwenimage.lora.apply import PREFIX, PeftAdapter, to_peft
 from diffusers_qwenimage.lora.read import NUM_LISTED, LoraFile, listing, read_lora, read_state_dict
-from diffusers_qwenimage.lora.sources import find_lora
+from diffusers_qwenimage.lora.sources import Access, find_lora
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ def open_lora(
     subfolder: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    access: Access | None = None,
 ) -> LoraFile:
     """A LoRA from wherever it is; a state dict is taken as the content of a file without metadata."""
     if isinstance(source, Mapping):
@@ -41,6 +42,7 @@ def open_lora(
         subfolder=subfolder,
         revision=revision,
         local_files_only=local_files_only,
+        access=access,
     )
     return read_lora(path)
 

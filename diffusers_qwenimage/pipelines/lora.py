@@ -9,6 +9,7 @@ adapter computes in the compute type; what is saved states its scale.
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers.loaders import QwenImageLoraLoaderMixin
@@ -20,6 +21,7 @@ from diffusers_qwenimage.lora.formats import DIFFUSERS
 from diffusers_qwenimage.lora.metadata import peft_config
 from diffusers_qwenimage.lora.read import read_state_dict
 from diffusers_qwenimage.lora.scales import METADATA_KEY
+from diffusers_qwenimage.lora.sources import Access
 
 from .adapters import Source, attach_lora, describe, open_lora, peft_adapter
 
@@ -38,6 +40,10 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
         subfolder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool = True,
     ) -> None:
         """Add a LoRA to the transformer as an adapter.
@@ -50,6 +56,8 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
             weight_name, subfolder: the file in a folder or repository, where there are several.
             revision: branch, tag or commit of a repository.
             local_files_only: make no request.
+            token, cache_dir, force_download: for Hugging Face, where they differ from the client's settings.
+            use_safetensors: only safetensors are read; False is refused.
             low_cpu_mem_usage: do not initialise weights that are about to be overwritten.
 
         Raises:
@@ -61,6 +69,7 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
             subfolder=subfolder,
             revision=revision,
             local_files_only=local_files_only,
+            access=_access(token, cache_dir, force_download, use_safetensors),
         )
         attach_lora(
             self.transformer,
@@ -80,6 +89,10 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
         subfolder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
         return_lora_metadata: bool = False,
     ) -> Any:
         """The state dict of a LoRA under diffusers' keys, and its configuration if that is asked for."""
@@ -90,6 +103,7 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
                 subfolder=subfolder,
                 revision=revision,
                 local_files_only=local_files_only,
+                access=_access(token, cache_dir, force_download, use_safetensors),
             )
         )
         return (adapter.state_dict, adapter.metadata) if return_lora_metadata else adapter.state_dict
@@ -137,6 +151,18 @@ class QwenImageLoraMixin(QwenImageLoraLoaderMixin):
             safe_serialization=True,
             lora_adapter_metadata={f"{PREFIX}.{field}": value for field, value in config.items()},
         )
+
+
+def _access(
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    force_download: bool,
+    use_safetensors: bool | None,
+) -> Access:
+    if use_safetensors is False:
+        raise ValueError("Only safetensors are read; a pickle can run code. Leave use_safetensors out.")
+    folder = None if cache_dir is None else Path(cache_dir)
+    return Access(token=token, cache_dir=folder, force_download=force_download)
 
 
 def _state_of(transformer: Any, name: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

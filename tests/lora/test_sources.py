@@ -1,5 +1,6 @@
 """Where a LoRA is: names, folders, hubs; and headers of remote files by range requests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lora_made import MODULES, write_lora
 from diffusers_qwenimage.loading import DownloadError
 from diffusers_qwenimage.lora.convert import convert_lora
 from diffusers_qwenimage.lora.read import read_header, read_lora
-from diffusers_qwenimage.lora.sources import RemoteLora, find_lora, parse_source, read_remote_header
+from diffusers_qwenimage.lora.sources import Access, RemoteLora, find_lora, parse_source, read_remote_header
 
 __all__ = ["hub"]
 
@@ -67,6 +68,21 @@ def test_fetching(prefix: str, hub: HubServer, tmp_path: Path) -> None:
     assert len(hub.requests) == before
     hub.stop()
     assert find_lora(f"{source}/a.safetensors").is_file()  # what is cached needs no server
+
+
+def test_settings_of_hugging_face(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    write_lora(tmp_path / "served" / "a.safetensors")
+    hub.add_folder("me/lora", tmp_path / "served")
+    access = Access(token="hf_secret", cache_dir=tmp_path / "cache")
+    found = find_lora("me/lora", access=access)
+    assert found.is_relative_to(tmp_path / "cache") and read_lora(found).updates
+    assert {request.headers.get("authorization") for request in hub.requests} == {"Bearer hf_secret"}
+    before = len(hub.asked_for("a.safetensors"))
+    find_lora("me/lora", access=replace(access, force_download=True))
+    assert len(hub.asked_for("a.safetensors")) > before
+    with pytest.raises(ValueError, match="Hugging Face alone"):
+        find_lora("modelscope:me/lora/a.safetensors", access=access)
 
 
 def test_a_peft_folder_comes_with_its_configuration(hub: HubServer, tmp_path: Path) -> None:
