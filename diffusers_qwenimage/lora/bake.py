@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from diffusers_qwenimage.checkpoint.reader import INDEX_SUFFIX, open_checkpoint, weight_files
