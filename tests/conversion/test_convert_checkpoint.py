@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
@@ -125,3 +125,28 @@ def test_shards_keep_the_order_and_the_limit() -> None:
     tensors = [stored(str(index), torch.zeros(size)) for index, size in enumerate((1, 5, 2, 2, 9, 1))]
     shards = into_shards(tensors, 24)
     assert [[tensor.key for tensor in shard] for shard in shards] == [["0", "1"], ["2", "3"], ["4"], ["5"]]
+
+
+def test_a_vae_there_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    convert_checkpoint(tmp_path / "vae", tmp_path / "vae.safetensors", "single", component="vae")
+    convert_checkpoint(tmp_path / "vae.safetensors", tmp_path / "again", "diffusers", component="vae")
+    loaded = AutoencoderKLQwenImage.from_pretrained(tmp_path / "again")
+    assert_equal(dict(loaded.state_dict()), dict(vae.state_dict()))
+    assert loaded.config["dim_mult"] == [1, 2]
+    with pytest.raises(ValueError, match="for the transformer, not for the vae"):
+        convert_checkpoint(tmp_path / "vae", tmp_path / "x", "comfyui-fp8", component="vae")
+
+
+@pytest.mark.parametrize("layout", ["single", "diffusers", "comfyui-fp8"])
+def test_an_interrupted_conversion_leaves_nothing(layout: str, folder: Path, tmp_path: Path) -> None:
+    def stop(num_bytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(folder, tmp_path / "out", layout, progress=stop)
+    assert list(tmp_path.iterdir()) == []

@@ -199,6 +199,25 @@ def test_two_tensors_of_one_name_are_not_written(tmp_path: Path) -> None:
         stream_safetensors(tmp_path / "out", two, {})
 
 
+@pytest.mark.parametrize(
+    ("target", "moment"), [("opensource", 1), ("opensource", 50), ("peft", 1), ("peft", 35)]
+)
+def test_an_interrupted_conversion_leaves_nothing(target: str, moment: int, tmp_path: Path) -> None:
+    """Stopped while writing (42 tensors, 28 for PEFT) or while comparing (14 updates)."""
+    source, output = tmp_path / "source.safetensors", tmp_path / "out"
+    save_file(samples()["qwen_image_lightning"].tensors(), source)
+    calls = []
+
+    def stop(num_bytes: int) -> None:
+        calls.append(num_bytes)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_lora(source, output, target, progress=stop)
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_changed_file_is_not_passed_off_as_its_source(tmp_path: Path) -> None:
     source, output = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
     save_file(samples()["musubi_lora"].tensors(), source)
