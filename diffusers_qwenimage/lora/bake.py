@@ -30,6 +30,7 @@ from diffusers_qwenimage.lora.read import listing, open_tensors, read_lora
 from diffusers_qwenimage.lora.updates import LoraUpdate, StoredTensor
 from diffusers_qwenimage.lora.write import Progress, stream_safetensors
 
+PIECE = 1 << 20  # elements
 BAKE_KEY = "diffusers_qwenimage.baked"  # metadata: what was baked in
 Weighted = tuple[LoraUpdate, float]
 
@@ -168,12 +169,18 @@ def _baked(
         for update, strength in weighted:
             changed = changed_weight(changed, update, strength)
         rounded = changed.to(base.dtype)
-        rounding.error += float(torch.linalg.vector_norm(rounded - changed)) ** 2
-        rounding.change += float(torch.linalg.vector_norm(changed - base)) ** 2
+        rounding.error += _squared_distance(rounded, changed)
+        rounding.change += _squared_distance(changed, base)
         rounding.changed.add(name)
         return rounded
 
     return derived(tensor.key, tensor.dtype, tensor.shape, load)
+
+
+def _squared_distance(first: Tensor, second: Tensor) -> float:
+    """|first - second|^2 in pieces: temporaries as large as the weight would cost most of the time."""
+    pieces = zip(first.reshape(-1).split(PIECE), second.reshape(-1).split(PIECE), strict=True)
+    return sum(float(torch.linalg.vector_norm(one.float() - two.float())) ** 2 for one, two in pieces)
 
 
 @contextmanager
