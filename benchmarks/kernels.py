@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--results FILE]
 
-Each against what it replaces. "GB/s" counts every input read once and every output written once.
+First the relative difference of every kernel to its reference, then times against what it replaces. "GB/s"
+counts every input read once and every output written once.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from results import RESULTS, record
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
-from diffusers_qwenimage.kernels import backend, matmul, norm, rope
+from diffusers_qwenimage.kernels import backend, matmul, norm, rope, set_backend
 
 WIDTH, HEADS, TEXT, IMAGE = 3072, 24, 128, 6889
 DTYPE = torch.bfloat16
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     torch.manual_seed(0)
+    set_backend("auto")
     print(backend(torch.device("cuda", 0)))
 
     def note(case: str, function: Callable[[], object], *, flop: float = 0, values: int = 0) -> None:
@@ -40,15 +42,49 @@ def main() -> None:
             print(f"    {values * 2 / microseconds / 1e3:.0f} GB/s")
 
     with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for tokens, heads, dim in ((TEXT + IMAGE, HEADS, WIDTH // HEADS), (1, 3, 16), (13, 11, 100)):
+                for case, difference in differences(tokens, heads, dim, dtype).items():
+                    label = (
+                        f"{case}, {tokens} x {heads} x {dim}, {dtype}, relative difference to the reference"
+                    )
+                    record("kernels", label, difference, "", path=args.results)
         measure_norm(note)
         measure_rope(note)
         measure_matmul(note)
         measure_attention(note)
 
 
-def random(*shape: int) -> Tensor:
+def differences(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, float]:
+    """||kernel - reference|| / ||reference|| of every operation, two modulations, on random values."""
+    width = heads * dim
+    x, y = random(1, tokens, width, dtype=dtype), random(1, tokens, width, dtype=dtype)
+    gate, scale, shift = random(2, 6 * width, dtype=dtype).chunk(6, dim=-1)[:3]
+    index = (torch.arange(tokens, device="cuda") % 2).int()
+    total, h = norm.gate_norm_modulate(x, y, gate, scale, shift, index)
+    total_reference, h_reference = norm.gate_norm_modulate_reference(x, y, gate, scale, shift, index)
+    qkv, head_weight = random(tokens, 3, heads, dim, dtype=dtype), random(dim, dtype=dtype)
+    angle = torch.rand(tokens, dim // 2, device="cuda")
+    table = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    turned_reference = rope.norm_rotate_reference(qkv, head_weight, head_weight, table)
+    rows = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    rope.norm_rotate_into(qkv, rows, head_weight, head_weight, table)
+    weight, bias = random(4 * width, width, dtype=dtype) / width**0.5, random(4 * width, dtype=dtype)
+    up, up_reference = matmul.linear_gelu(x, weight, bias), matmul.linear_gelu_reference(x, weight, bias)
+    pairs = {
+        "gate": (total, total_reference),
+        "gate + norm + modulation": (h, h_reference),
+        "norm + rotation": (qkv, turned_reference),
+        "GELU in the product": (up, up_reference),
+    }
+    return {
+        case: float((a.double() - b.double()).norm() / b.double().norm()) for case, (a, b) in pairs.items()
+    }
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     """N(0, 1) on the GPU."""
-    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+    return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
 def timed(function: Callable[[], object], repeats: int = 15) -> float:

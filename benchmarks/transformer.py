@@ -2,8 +2,8 @@
 
     python benchmarks/transformer.py [--blocks 60] [--device cuda] [--results FILE] [--cases ...]
 
-"ours" is the default on this machine: the fused path on an NVIDIA GPU. "plain path" is the same class without
-it, bit-equal to diffusers. Times are medians after warm-up, all arms in turn (A B C C B A) in one process.
+"ours" is the fused path where the machine has an NVIDIA GPU. "plain path" is the same class without it,
+bit-equal to diffusers. Times are medians after warm-up, all arms in turn (A B C C B A) in one process.
 Checks the errors of both against fp32. Needs 50 GB of device memory for 60 blocks.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusers_qwenimage import QwenImageTransformer2DModel, fused
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
-from diffusers_qwenimage.kernels import backend, use_backend
+from diffusers_qwenimage.kernels import backend, set_backend, use_backend
 from diffusers_qwenimage.projections import fuse_
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     parser.add_argument("--profile", type=Path, help="file for the kernels of one forward")
     args = parser.parse_args()
+    set_backend("auto")
     chosen = backend(torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device))
     print(f"fused path: {chosen.name} ({chosen.reason})")
 
@@ -246,12 +247,12 @@ def compare_streams(ours: torch.nn.Module, side: int, repeats: int, note: Callab
         ("step with guidance", guidance_inputs(ours, side)[0]),
     ):
 
-        def one_stream(inputs: dict[str, object] = inputs) -> None:
-            fused.text_beside_image = False
-            ours(**inputs)
+        def two_streams(inputs: dict[str, object] = inputs) -> None:
             fused.text_beside_image = True
+            ours(**inputs)
+            fused.text_beside_image = False
 
-        arms: Arms = {"two streams": lambda x=inputs: ours(**x), "one stream": one_stream}
+        arms: Arms = {"two streams": two_streams, "one stream": lambda x=inputs: ours(**x)}
         for name, figures in in_turn(arms, repeats).items():
             note(f"{side}x{side} {case}, ours, {name}", *figures)
 

@@ -6,8 +6,8 @@ What it computes is `QwenImageTransformerBlock.forward`; the order of operations
   into one buffer, [text; image] per sample, where they are normalised and turned in place and where attention
   reads them: no concatenation and no copy;
 * gate, residual, LayerNorm and modulation are one pass, GELU is the end of its matrix product;
-* the text stream, whose few tokens cannot fill a GPU, runs beside the image stream, and so does the
-  modulation of the next block.
+* the text stream, whose few tokens cannot fill a GPU, can run beside the image stream, and so can the
+  modulation of the next block (`text_beside_image`).
 
 Gradients, compilation and hooks inside of a block take the block's plain path (`why_not`).
 
@@ -360,7 +360,8 @@ class _Side:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
-text_beside_image = True  # and the next block's modulation
+# Whether the text stream and the next block's modulation run on a stream of their own. Not measured yet.
+text_beside_image = False
 
 
 @lru_cache(maxsize=16)

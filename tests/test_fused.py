@@ -309,10 +309,12 @@ def test_a_model_without_a_gpu_imports_no_kernels():
 def test_backend_is_chosen_with_a_reason():
     chosen = kernels.backend(torch.device("cpu"))
     assert chosen.name == "off" and "cpu" in chosen.reason
+    with kernels.use_backend("auto"):
+        assert kernels.backend(torch.device("cpu")) == chosen
     with kernels.use_backend("reference"):
         assert kernels.backend(torch.device("cpu")).reason == "set by hand"
     assert kernels.backend(torch.device("cpu")) == chosen
-    with pytest.raises(ValueError, match="no backend 'fast'. Choose one of triton, reference, off"):
+    with pytest.raises(ValueError, match="no backend 'fast'. Choose one of auto, triton, reference, off"):
         kernels.set_backend("fast")
 
 
