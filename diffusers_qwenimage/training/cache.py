@@ -121,16 +121,27 @@ class Encoders:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def fill(self, samples: Iterable[Sample], texts: Iterable[str], *, progress: bool = True) -> None:
-        """Put into the cache what is not in it, and give up the models.
+    def fill(
+        self,
+        samples: Iterable[Sample],
+        texts: Iterable[str],
+        *,
+        progress: bool = True,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Put into the cache what is not in it, and give up the models; `stopped` ends it early.
 
         Raises:
             BadImage: if a picture cannot be read any more.
             ValueError: if the VAE makes NaN of a picture.
         """
         for sample in tqdm(list(samples), desc="Caching latents", disable=not progress):
+            if stopped():
+                break
             self.latents(sample)
         for text in tqdm(list(texts), desc="Caching prompts", disable=not progress):
+            if stopped():
+                break
             self.embeds(text)
         self.release()
 

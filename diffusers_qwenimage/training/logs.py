@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -13,12 +14,23 @@ from PIL import Image, ImageDraw
 from diffusers_qwenimage.files import write_text
 from diffusers_qwenimage.images import save_image
 
-from .config import TrainConfig
+from .config import TrainConfig, comma_list
 
 LOG, CURVE, SAMPLES = "log.csv", "loss.png", "samples"
 CURVE_SIZE = (900, 420)
 CURVE_MARGIN = 50
 CAPTION_HEIGHT = 16  # pixels of a line of text over a grid
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Refuse loggers that are not installed.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    for name in comma_list(config.loggers):
+        if find_spec(name) is None:
+            raise ValueError(f"The logger {name} needs its package: pip install {name}.")
 
 
 @dataclass(frozen=True, kw_only=True)

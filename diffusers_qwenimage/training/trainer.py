@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from .config import TrainConfig, comma_list
 from .data import BadImage, Sample, inspect_rows
 from .guard import Guard
 from .hashing import digest_of
-from .logs import Record, RunLog, write_card
+from .logs import Record, RunLog, check_loggers, write_card
 from .metadata import read_rows
 from .models import ModelFiles, find_models
 from .objective import Objective, flow_matching_loss
@@ -46,6 +46,7 @@ from .validation import Validation
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 EMA_PREFIX = "ema."
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def train(config: TrainConfig) -> Path:
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Path:
     if config.is_lora:
         find_format(config)
     find_optimizer(config)
+    check_loggers(config)
     accelerator = Accelerator(
         mixed_precision="no",  # types are the trainer's business
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -71,6 +73,11 @@ def train(config: TrainConfig) -> Path:
         # The text stream of the last block has no part in the loss.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"Training on {accelerator.distributed_type.value} is not available; start one process, or "
+            "several with data parallelism (accelerate launch --multi_gpu)."
+        )
     main = accelerator.is_main_process
     with stop_on_sigterm() as stop, output_lock(output, held_by_us=main):
         state_folder = find_start(config, output)
@@ -121,9 +128,12 @@ class Trainer:
     def run(self, state: State | None) -> Path:
         """Train from `state`, or from the start; returns the weights written last."""
         self._fill_cache()
+        if self._anyone_stopped():
+            logger.warning("SIGTERM: stopped before the first step; what is cached is kept.")
+            return self.output
         wanted = bool(self.config.validation_prompts) and self.accelerator.is_main_process
         self.validation = Validation(self.config, self.encoders, self.files) if wanted else None
-        if self.config.cache and not self.stop.received:
+        if self.config.cache:
             self.encoders.release()
         self._prepare_models()
         done = 0 if state is None else self._restore(state)
@@ -261,8 +271,13 @@ class Trainer:
             [] if "vae" in trained else pictures[rank::world],
             [] if "text_encoder" in trained else list(texts)[rank::world],
             progress=self.accelerator.is_main_process,
+            stopped=lambda: self.stop.received,
         )
         self.accelerator.wait_for_everyone()
+
+    def _anyone_stopped(self) -> bool:
+        flag = torch.tensor(float(self.stop.received), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, reduction="sum")) > 0
 
     def _prepare_models(self) -> None:
         self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device)

@@ -1,0 +1,99 @@
+"""On the small model inside the package: training learns, and the examples run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_data import config
+
+from diffusers_qwenimage.loading import default_checkpoint
+from diffusers_qwenimage.training.data import inspect_rows
+from diffusers_qwenimage.training.metadata import read_rows
+from diffusers_qwenimage.training.models import find_models
+from diffusers_qwenimage.training.plan import Slot
+from diffusers_qwenimage.training.stopping import StopSignal
+from diffusers_qwenimage.training.trainer import Trainer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EMOJI = EXAMPLES / "datasets" / "emoji"
+
+
+@pytest.mark.parametrize("kind", [{}, {"trainable_models": "dit", "learning_rate": 1e-3}])
+def test_loss_on_emoji_falls(tmp_path, monkeypatch, kind):
+    """The shorter variant of `test_new_colour`: pictures of 64x64, and the loss instead of the judge."""
+    monkeypatch.chdir(tmp_path)
+    rows = (EMOJI / "metadata.csv").read_text(encoding="utf-8").splitlines()[:9]
+    Path("eight.csv").write_text("\n".join(rows), encoding="utf-8")
+    settings = config(
+        dataset_base_path=str(EMOJI),
+        dataset_metadata_path="eight.csv",
+        model_id_with_origin_paths=None,
+        height=64,
+        width=64,
+        batch_size=8,
+        **{"max_steps": 60, "save_steps": 60, "lora_rank": 16, "learning_rate": 3e-3, **kind},
+    )
+    before, after = make_trainer(settings), make_trainer(settings)
+    before._fill_cache()
+    before._prepare_models()
+    after.run(None)
+    losses = []
+    with torch.no_grad():
+        for trainer in (before, after):
+            slots = [[Slot(index=i, counter=10**6 + 8 * n + i) for i in range(8)] for n in range(8)]
+            losses.append(sum(trainer._loss(batch)[0].item() for batch in slots) / 8)
+    assert losses[1] < 0.7 * losses[0]
+
+
+def make_trainer(settings):
+    samples = inspect_rows(read_rows(settings), settings, progress=False)
+    return Trainer(settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal())
+
+
+def test_inference_example(tmp_path):
+    run([sys.executable, str(EXAMPLES / "model_inference" / "Qwen-Image-tiny.py")], tmp_path)
+    assert (tmp_path / "image.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_training_examples(tmp_path, kind):
+    rows = (EMOJI / "metadata.csv").read_text(encoding="utf-8").splitlines()[:3]
+    (tmp_path / "two.csv").write_text("\n".join(rows), encoding="utf-8")
+    out = tmp_path / "out"
+    line = ["bash", f"examples/model_training/{kind}/Qwen-Image-tiny.sh", "--output_path", str(out)]
+    line += ["--dataset_metadata_path", str(tmp_path / "two.csv"), "--max_steps", "2", "--save_steps", "2"]
+    line += ["--batch_size", "1", "--validation_inference_steps", "2"]
+    run(line, EXAMPLES.parent)
+    assert (out / "samples" / "step-2.png").is_file()
+    script = EXAMPLES / "model_training" / f"validate_{kind}" / "Qwen-Image-tiny.py"
+    run([sys.executable, str(script), str(out / "step-2.safetensors")], tmp_path)
+    assert (tmp_path / "image.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("full", [False, True])
+def test_new_colour(tmp_path, full, monkeypatch):
+    """A colour that the base cannot draw, judged from the pixels, before and after."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "model_training"))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "tiny"))
+    import new_colour
+
+    model = default_checkpoint()
+    new_colour.write_dataset(tmp_path / "data", 64)
+    weights = new_colour.teach(tmp_path, model, steps=100, full=full)
+    assert new_colour.measure(model, 8) == 0
+    assert new_colour.measure(model, 8, weights=weights, full=full) >= 5
+
+
+def run(line, folder):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        line, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
