@@ -64,6 +64,9 @@ def extract_lora(
     for name, old, new in _pairs(first, second):
         if progress:
             progress(new.numel() * new.dtype.itemsize)
+        if old.dtype == new.dtype and torch.equal(old, new):
+            num_unchanged += 1
+            continue
         difference = new.float() - old.float()
         if not bool(torch.isfinite(difference).all()):
             raise ValueError(f"{name} holds NaN or infinity in one of the checkpoints.")

@@ -26,6 +26,7 @@ from diffusers_qwenimage.lora.write import Progress
 
 # How many singular values of a full matrix are looked at where the rule names no rank.
 MAX_RANK_OF_MATRIX = 512
+PIECE = 1 << 20  # elements
 ROUNDING_OF_ENERGY = 1e-6  # sums of squares in fp32 differ from each other by less
 
 
@@ -241,7 +242,12 @@ def _decomposed_matrix(matrix: Tensor, rule: RankRule) -> tuple[Tensor, Tensor, 
     up, down = truncated_svd(matrix, rank)
     values = up.norm(dim=0).square()  # both factors carry the root of the singular value
     root = values.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return up / root, down / root[:, None], values, float(matrix.double().square().sum())
+    return up / root, down / root[:, None], values, _squared_norm(matrix)
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """|matrix|^2 in fp64, in pieces: a copy of a large weight in fp64 would be most of the memory."""
+    return sum(float(piece.double().square().sum()) for piece in matrix.reshape(-1).split(PIECE))
 
 
 def _squared_distance(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> float:
