@@ -54,6 +54,7 @@ def make_trainer(settings):
     return Trainer(settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal())
 
 
+@pytest.mark.slow
 def test_inference_example(tmp_path):
     run([sys.executable, str(EXAMPLES / "model_inference" / "Qwen-Image-tiny.py")], tmp_path)
     assert (tmp_path / "image.png").is_file()

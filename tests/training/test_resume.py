@@ -32,7 +32,7 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_killed_at_step_37_of_80(workplace, dtype):
     train(config(output_path="whole", dtype=dtype, **RUN))
     process = start(output_path="out", dtype=dtype, **RUN)
@@ -60,9 +60,18 @@ def test_sigterm_saves_and_exits_with_0(workplace):
     assert_same_runs("whole", "out", steps=60)
 
 
-@pytest.mark.parametrize("model", ["dit", "dit,text_encoder", "vae"])
-def test_full_fine_tuning_resumes(workplace, model):
-    settings = {"trainable_models": model, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"trainable_models": "dit"},
+        {"trainable_models": "dit", "dtype": "bfloat16"},
+        {"trainable_models": "dit,text_encoder"},
+        {"trainable_models": "vae"},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_short_runs_resume(workplace, kind):
+    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, **kind}
     train(config(output_path="whole", **settings))
     train(config(output_path="out", **settings))
     remove_state("out", 4)
