@@ -1,6 +1,6 @@
 """Teach the small model inside the package a colour that it does not know, and measure it before and after.
 
-    python new_colour.py OUT            # dataset, judgement, LoRA, judgement; minutes on two cores
+    python new_colour.py OUT            # dataset, judgement, LoRA, judgement
     python new_colour.py OUT --full     # fine-tunes the whole dit instead of a LoRA
 
 The colour is cyan: scenes of examples/tiny whose purple is drawn cyan and called cyan, so that its judge, told

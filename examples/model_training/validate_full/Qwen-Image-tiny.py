@@ -7,7 +7,7 @@ import torch
 from diffusers_qwenimage import default_checkpoint
 from diffusers_qwenimage.diffsynth import ModelConfig, QwenImagePipeline
 
-weights = sys.argv[1] if len(sys.argv) > 1 else "models/train/tiny_full/step-400.safetensors"
+weights = sys.argv[1] if len(sys.argv) > 1 else "models/train/tiny_full/step-300.safetensors"
 folder = default_checkpoint()
 pipe = QwenImagePipeline.from_pretrained(
     torch_dtype=torch.float32,

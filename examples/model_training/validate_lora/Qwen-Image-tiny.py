@@ -6,7 +6,7 @@ import torch
 
 from diffusers_qwenimage import QwenImagePipeline, default_checkpoint
 
-weights = sys.argv[1] if len(sys.argv) > 1 else "models/train/tiny_lora/step-400.safetensors"
+weights = sys.argv[1] if len(sys.argv) > 1 else "models/train/tiny_lora/step-300.safetensors"
 pipe = QwenImagePipeline.from_pretrained(default_checkpoint(), torch_dtype=torch.float32)
 pipe.load_lora_weights(weights)
 image = pipe(
