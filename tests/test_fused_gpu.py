@@ -21,10 +21,8 @@ def fused_path():
 
 
 @pytest.fixture
-def two_streams():
-    fused.text_beside_image = True
-    yield
-    fused.text_beside_image = False
+def two_streams(monkeypatch):
+    monkeypatch.setattr(fused, "text_beside_image", True)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +79,15 @@ def test_bf16_is_no_further_from_fp32_than_diffusers(wide, lengths):
     assert relative(got, truth) <= 1.1 * relative(theirs, truth)
 
 
-def test_streams_give_the_same_result_every_time(wide):
+def test_streams_give_the_same_result_every_time(wide, monkeypatch):
     ours = wide[0].bfloat16()
     inputs = inputs_of(ours, (77, 10), torch.bfloat16)
     with torch.no_grad():
+        monkeypatch.setattr(fused, "text_beside_image", False)
         expected = ours(**inputs).sample
-        fused.text_beside_image = True
-        try:
-            for _ in range(20):
-                assert torch.equal(ours(**inputs).sample, expected)
-        finally:
-            fused.text_beside_image = False
+        monkeypatch.setattr(fused, "text_beside_image", True)
+        for _ in range(20):
+            assert torch.equal(ours(**inputs).sample, expected)
 
 
 @pytest.mark.usefixtures("two_streams")

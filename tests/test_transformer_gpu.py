@@ -58,6 +58,7 @@ def test_packed_text_equals_masked_text():
     assert (got - expected).norm() / expected.norm() < 0.02  # bf16 noise
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler
 def test_regional_compile():
     ours, _ = transformers()
     ours.to("cuda", torch.bfloat16)

@@ -28,7 +28,8 @@ def test_reference_equals_stock_modules(case, dtype):
         norm = RMSNorm(case[2], eps=1e-6).to(qkv.device, dtype)
         norm.weight.data = weight
         expected = rotate(norm(qkv[None, :, part]), whole_table)[0]
-        assert torch.equal(got[:, part], expected)
+        # Complex products there, real ones here: one may fuse a product and a sum where the other rounds.
+        assert relative(got[:, part], expected) <= tolerance(dtype)
     assert torch.equal(got[:, 2], qkv[:, 2])
 
 
