@@ -3,7 +3,7 @@
     python new_colour.py OUT            # dataset, judgement, LoRA, judgement
     python new_colour.py OUT --full     # fine-tunes the whole dit instead of a LoRA
 
-The colour is cyan: scenes of examples/tiny whose purple is drawn cyan and called cyan, so that its judge, told
+The colour is cyan: scenes of examples/tiny whose purple is drawn and called cyan, so that its judge, told
 the new colour, decides from the pixels. The pictures that are judged show combinations that were not trained.
 """
 
