@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusers_qwenimage.training import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 from grammar import Caption, Scene, sample_scene, write_caption
-from judge import judge
+from judge import Verdict, judge
 from scenes import PALETTE, batch_scenes, lay_out, render
 
 OLD, NEW, CYAN = "purple", "cyan", (0, 205, 225)
@@ -36,6 +37,14 @@ ALL_LAYERS = (
     "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.0.proj,img_mlp.net.2,"
     "img_mod.1,txt_mlp.net.0.proj,txt_mlp.net.2,txt_mod.1"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Numbers of pictures: with things of the new colour only; right in every respect."""
+
+    coloured: int
+    right: int
 
 
 def main() -> None:
@@ -46,7 +55,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="fine-tune the whole dit")
     parser.add_argument("--model", type=Path, help="another checkpoint of the same layout")
     parser.add_argument("--scenes", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--judged", type=int, default=16)
     args = parser.parse_args()
     model = args.model or default_checkpoint()
@@ -56,7 +65,9 @@ def main() -> None:
     weights = teach(args.out, model, steps=args.steps, full=args.full)
     seconds = time.monotonic() - started
     after = measure(model, args.judged, weights=weights, full=args.full, grid=args.out / "after.png")
-    print(f"right before: {before} of {args.judged}; after {args.steps} steps ({seconds:.0f} s): {after}")
+    print(f"{args.steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
+    print(f"  only things of the new colour, on the right background: {before.coloured}, {after.coloured}")
+    print(f"  right in every respect: {before.right}, {after.right}")
 
 
 def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
@@ -105,8 +116,8 @@ def teach(out: Path, model: Path, *, steps: int, full: bool = False, **changes: 
 
 def measure(
     model: Path, number: int, *, weights: Path | None = None, full: bool = False, grid: Path | None = None
-) -> int:
-    """How many of `number` pictures of unseen combinations with the new colour the judge finds right."""
+) -> Measured:
+    """Judge `number` pictures of combinations with the new colour that were not trained."""
     pipe = QwenImagePipeline.from_pretrained(str(model), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if weights is not None and full:
@@ -121,7 +132,15 @@ def measure(
         verdicts = [judge(p, *pair) for p, pair in zip(pictures, pairs, strict=True)]
     for verdict, (_, caption) in zip(verdicts, pairs, strict=True):
         print(f"  {caption.text!r}: {'right' if verdict.right else verdict.faults} ({verdict.found})")
-    return sum(verdict.right for verdict in verdicts)
+    return Measured(
+        coloured=sum(map(is_coloured, verdicts)), right=sum(verdict.right for verdict in verdicts)
+    )
+
+
+def is_coloured(verdict: Verdict) -> bool:
+    """Whether the judge saw things of the new colour, and of no other, on the right background."""
+    things = verdict.found.rpartition(" on ")[0]
+    return "background" not in verdict.faults and all(f" {OLD} " in thing for thing in things.split(", "))
 
 
 @torch.no_grad()

@@ -86,10 +86,10 @@ def test_new_colour(tmp_path, full, monkeypatch):
     import new_colour
 
     model = default_checkpoint()
-    new_colour.write_dataset(tmp_path / "data", 64)
-    weights = new_colour.teach(tmp_path, model, steps=100, full=full)
-    assert new_colour.measure(model, 8) == 0
-    assert new_colour.measure(model, 8, weights=weights, full=full) >= 5
+    new_colour.write_dataset(tmp_path / "data", 96)
+    weights = new_colour.teach(tmp_path, model, steps=360, full=full)
+    assert new_colour.measure(model, 8).coloured == 0
+    assert new_colour.measure(model, 8, weights=weights, full=full).coloured >= 5
 
 
 def run(line, folder):
