@@ -78,8 +78,7 @@ def test_training_examples(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("full", [False, True])
-def test_new_colour(tmp_path, full, monkeypatch):
+def test_new_colour(tmp_path, monkeypatch):
     """A colour that the base cannot draw, judged from the pixels, before and after."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "model_training"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "tiny"))
@@ -87,9 +86,9 @@ def test_new_colour(tmp_path, full, monkeypatch):
 
     model = default_checkpoint()
     new_colour.write_dataset(tmp_path / "data", 96)
-    weights = new_colour.teach(tmp_path, model, steps=360, full=full)
+    weights = new_colour.teach(tmp_path, model, steps=360)
     assert new_colour.measure(model, 8).coloured == 0
-    assert new_colour.measure(model, 8, weights=weights, full=full).coloured >= 5
+    assert new_colour.measure(model, 8, weights=weights).coloured >= 5
 
 
 def run(line, folder):
