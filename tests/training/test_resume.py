@@ -34,7 +34,7 @@ RUN = {
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_killed_at_step_37_of_80(workplace, dtype):
-    train(config(output_path="whole", dtype=dtype, **RUN))
+    run(output_path="whole", dtype=dtype, **RUN)
     process = start(output_path="out", dtype=dtype, **RUN)
     wait_for_steps(process, "out", 37)
     process.kill()
@@ -42,13 +42,13 @@ def test_killed_at_step_37_of_80(workplace, dtype):
     done = read_log(Path("out/log.csv"))[-1].step
     assert 37 <= done < 80
     assert [step for step, _ in list_states(Path("out"))][-1] <= done
-    train(config(output_path="out", dtype=dtype, resume_from="latest", **RUN))
+    run(output_path="out", dtype=dtype, resume_from="latest", **RUN)
     assert_same_runs("whole", "out", steps=80)
 
 
 def test_sigterm_saves_and_exits_with_0(workplace):
     settings = {**RUN, "max_steps": 60, "save_steps": 50}
-    train(config(output_path="whole", **settings))
+    run(output_path="whole", **settings)
     process = start(**settings)
     wait_for_steps(process, "out", 7)
     process.send_signal(signal.SIGTERM)
@@ -56,7 +56,7 @@ def test_sigterm_saves_and_exits_with_0(workplace):
     done = read_log(Path("out/log.csv"))[-1].step
     assert done < 60 and [step for step, _ in list_states(Path("out"))] == [done]
     assert (Path("out") / f"step-{done}.safetensors").is_file()
-    train(config(resume_from="latest", **settings))
+    run(resume_from="latest", **settings)
     assert_same_runs("whole", "out", steps=60)
 
 
@@ -98,6 +98,11 @@ def test_two_processes_resume_and_equal_one(workplace):
     final = load_file("one/step-80.safetensors"), load_file("whole/step-80.safetensors")
     for name, tensor in final[0].items():
         torch.testing.assert_close(tensor, final[1][name], rtol=1e-3, atol=1e-4)
+
+
+def run(**changes):
+    """A whole run in a process of its own, as a user's; this one's libraries may be in another state."""
+    assert start(**changes).wait(timeout=200) == 0, Path("process.log").read_text(encoding="utf-8")
 
 
 def start(processes=1, **changes):
