@@ -64,6 +64,7 @@ def environment() -> dict[str, Any]:
         "gpus": devices,
         "no_gpu_reason": None if devices else no_gpu_reason(),
         "attention_backends": attention_backends(device),
+        "fused_path": fused_path(device),
         "embedded_model": embedded_model(),
         "recommended": recommended(devices, memory["memory_total"]),
     }
@@ -158,6 +159,16 @@ def _try_backend(backend: Any, device: str) -> str:
     return "works"
 
 
+def fused_path(device: str) -> str:
+    """Whether the transformer's fused path runs on `device`, and why or why not."""
+    import torch
+
+    from diffusers_qwenimage.kernels import backend
+
+    chosen = backend(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    return f"{chosen.name} ({chosen.reason})"
+
+
 def embedded_model() -> str:
     """Whether the small model is inside the package."""
     if (EMBEDDED_MODEL / "model_index.json").is_file():
@@ -211,6 +222,7 @@ def as_text(report: dict[str, Any]) -> str:
         *devices,
         f"Attention backends  {', '.join(working)}",
         *(f"  not {', '.join(names)}: {reason}" for reason, names in others.items()),
+        f"Fused path  {report['fused_path']}",
         f"Embedded model  {report['embedded_model']}",
         "Recommended",
         *(f"  {name.replace('_', '-'):<11} {value}" for name, value in report["recommended"].items()),

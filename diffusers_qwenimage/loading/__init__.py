@@ -1,18 +1,26 @@
-"""Where weights come from: Hub id, ModelScope id, folder, single file, shards -> components."""
+"""Where weights come from: Hub id, ModelScope id, folder, single file, shards -> components.
 
-from .components import (
-    Components,
-    default_checkpoint,
-    load_components,
-    load_scheduler,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    model_folder,
-)
+Names are imported when they are first used: looking up a file needs no diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .hubs import DownloadError, Hub
 from .sources import find_files
-from .tokenizer import check_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from .components import (
+        Components,
+        default_checkpoint,
+        load_components,
+        load_scheduler,
+        load_text_encoder,
+        load_transformer,
+        load_vae,
+        model_folder,
+    )
+    from .tokenizer import check_tokenizer, load_tokenizer
 
 __all__ = [
     "Components",
@@ -29,3 +37,10 @@ __all__ = [
     "load_vae",
     "model_folder",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "tokenizer" if "tokenizer" in name else "components"
+    return getattr(import_module(f"{__name__}.{module}"), name)

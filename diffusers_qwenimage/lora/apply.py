@@ -62,7 +62,9 @@ def to_peft(updates: Sequence[LoraUpdate], architecture: Architecture = QWEN_IMA
     if any(with_dora) and not all(with_dora):
         problems.append("some modules are DoRA and others are not, and a PEFT adapter is either one")
     if problems:
-        raise ValueError(f"It cannot be an adapter: {listing(problems)}. Instead, {BAKE}.")
+        unknown = {"glora", "oft", "ia3"} & {update.kind for update in ours}
+        advice = "merge it into a checkpoint with the program that made it" if unknown else BAKE
+        raise ValueError(f"It cannot be an adapter: {listing(problems)}. Instead, {advice}.")
     shapes = {update.module: tuple(update.shape or ()) for update in ours}
     if only_lokr:
         return PeftAdapter(state_dict=_lokr(ours), metadata=None, shapes=shapes, left_out=left_out)

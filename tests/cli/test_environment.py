@@ -34,6 +34,7 @@ def test_json_says_what_is_installed_and_found(capsys: pytest.CaptureFixture[str
     assert 0 < report["host"]["memory_available"] <= report["host"]["memory_total"]
     assert len(report["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert report["attention_backends"]["native"] == "works"
+    assert report["fused_path"].startswith("triton" if report["gpus"] else "off (the device is cpu")
     assert report["attention_backends"]["_native_math"] == "works"
     if not torch.cuda.is_available():
         assert report["no_gpu_reason"]
