@@ -53,7 +53,7 @@ def record(
         "peak_memory_gib": "" if peak_memory_gib is None else f"{peak_memory_gib:.2f}",
         "device": device or device_name(),
         "versions": versions(),
-        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "command": " ".join(["python", *map(shlex.quote, without_results(sys.argv))]),
     }
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
@@ -63,6 +63,14 @@ def record(
         writer.writerow(row)
     memory = f", {row['peak_memory_gib']} GiB" if row["peak_memory_gib"] else ""
     print(f"{benchmark:12s} {case:58s} {row['value']:>10s} {unit}{memory}", flush=True)
+
+
+def without_results(arguments: list[str]) -> list[str]:
+    """The command line without where its results go, which says nothing about them."""
+    if "--results" not in arguments:
+        return arguments
+    place = arguments.index("--results")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def device_name() -> str:
