@@ -333,7 +333,7 @@ def test_blending_exact_tiles_gives_the_whole(
         run, (height, width), Tiling(size=size, stride=(stride[0], stride[1])), scale=scale
     )
     assert blended.shape == whole.shape
-    # Each of the tiles over a pixel adds a rounding of 2^-24 to the weighted sum and to the sum of the weights.
+    # Each of the tiles over a pixel rounds the weighted sum and the sum of the weights by 2^-24.
     tiles = math.prod(-(-side // step) for side, step in zip(size, stride, strict=True))
     assert (blended - whole).abs().max() <= (2 * tiles + 2) * 2**-24
 
