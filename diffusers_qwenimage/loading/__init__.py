@@ -12,6 +12,7 @@ from .sources import find_files
 if TYPE_CHECKING:
     from .components import (
         Components,
+        check_source,
         default_checkpoint,
         load_components,
         load_scheduler,
@@ -26,6 +27,7 @@ __all__ = [
     "Components",
     "DownloadError",
     "Hub",
+    "check_source",
     "check_tokenizer",
     "default_checkpoint",
     "find_files",

@@ -13,11 +13,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from diffusers_qwenimage.checkpoint import Checkpoint, assign_weights, empty_module, read_component
+from diffusers_qwenimage.files import read_header
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
 from .hubs import Hub
-from .sources import find_files
+from .sources import check_id, find_files
 from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,20 @@ def model_folder(
     patterns = [MODEL_INDEX, "scheduler/", "tokenizer/", *weights]
     files = find_files(model_id, patterns, hub=hub, revision=revision, local_only=local_only)
     return files[0].parent
+
+
+def check_source(source: str | Path) -> None:
+    """Say what is wrong with a folder or an id, before diffusers says it less clearly.
+
+    Raises:
+        ValueError: if it is neither a folder nor like an id, or the folder holds a damaged weight file.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        check_id(str(source))
+        return
+    for file in sorted(folder.glob("*/*.safetensors")):
+        read_header(file)
 
 
 def _check_index(path: Path) -> None:

@@ -55,7 +55,7 @@ def find_files(
         DownloadError: if the hub refuses, cannot be reached, or delivers a damaged file.
         ValueError: if `model_id` or a pattern is malformed, or a pattern matches nothing on the hub.
     """
-    _check_id(model_id)
+    check_id(model_id)
     wanted = _patterns(patterns)
     local, problem = _look(model_id, wanted, hub, folder, revision)
     if local is not None and problem is None:
@@ -103,7 +103,8 @@ def matches(path: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
-def _check_id(model_id: str) -> None:
+def check_id(model_id: str) -> None:
+    """Refuse what is no "ORGANISATION/NAME"."""
     if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
         raise ValueError(
             f"{model_id!r} is neither the id of a model (ORGANISATION/NAME) nor the path of a file or folder "

@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
-from diffusers_qwenimage.loading import model_folder
+from diffusers_qwenimage.loading import check_source, model_folder
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder, pad, unpad
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
@@ -92,11 +92,13 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
             kwargs: as in diffusers: dtype, device_map, components by name, revision...
 
         Raises:
-            ValueError: if the tokenizer is not Qwen's (a folder without its files gives one without a word).
+            ValueError: if the source is neither a folder nor an id, a weight file is damaged, or the
+                tokenizer is not Qwen's (a folder without its files gives one without a word).
         """
         source = str(pretrained_model_name_or_path)
         if source.startswith("modelscope:"):
             source = str(model_folder(source, revision=kwargs.pop("revision", None)))
+        check_source(source)
         pipeline = super().from_pretrained(source, **kwargs)
         if isinstance(pipeline, cls) and pipeline.tokenizer is not None:
             pipeline._prompt_encoder.check_tokenizer(pipeline.tokenizer)
@@ -394,4 +396,8 @@ def seeded(generator: packing.Generators, seed: int | None) -> packing.Generator
         return generator
     if generator is not None:
         raise ValueError("Give either seed or generator, not both.")
-    return torch.Generator("cpu").manual_seed(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(
+            f"seed must be a whole number, got {seed!r}; for one each, give a list of generators."
+        )
+    return torch.Generator("cpu").manual_seed(int(seed))

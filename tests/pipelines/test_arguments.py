@@ -53,6 +53,7 @@ def run(name="QwenImagePipeline", **changes):
         ({"latents": random(1, 15, 16)}, r"must be packed, \[1, 16, channels\]"),
         ({"generator": [generator()] * 2}, "2 generators for 1 pictures"),
         ({"generator": generator(), "seed": 1}, "either seed or generator"),
+        ({"generator": None, "seed": [1, 2]}, "must be a whole number"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
     ],
 )

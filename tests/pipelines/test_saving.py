@@ -136,6 +136,16 @@ def test_folder_without_tokenizer_files_is_refused(model_folder, tmp_path):
         QwenImagePipeline.from_pretrained(broken)
 
 
+def test_damaged_weights_and_wrong_paths_are_named(model_folder, tmp_path):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is truncated"):
+        QwenImagePipeline.from_pretrained(broken)
+    with pytest.raises(ValueError, match="neither the id of a model"):
+        QwenImagePipeline.from_pretrained("/no/such/folder")
+
+
 def test_single_file_transformer(model_folder, tmp_path):
     file = model_folder / "transformer" / "diffusion_pytorch_model.safetensors"
     expected = QwenImageTransformer2DModel.from_pretrained(model_folder, subfolder="transformer")
