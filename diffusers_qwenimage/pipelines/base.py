@@ -6,6 +6,7 @@ A pipeline's `__call__` checks its arguments, has `prepare_...` make `DenoiseInp
 import logging
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
