@@ -391,8 +391,8 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
         return packing.unpack(latents, *packing.token_grid(vae_scale_factor, int(height), int(width)))
 
 
-def seeded(generator: packing.Generators, seed: int | None) -> packing.Generators:
-    """The generator of a call: the one given, or a CPU generator with `seed`."""
+def seeded(generator: packing.Generators, seed: Any) -> packing.Generators:
+    """The generator of a call: the one given, or a CPU generator with `seed`, a whole number or None."""
     if seed is None:
         return generator
     if generator is not None:
