@@ -31,10 +31,7 @@ SUFFIXES = (
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "random":
         return write_model(tmp_path_factory.mktemp("doors") / "model")
-    try:
-        return default_checkpoint()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    return default_checkpoint()
 
 
 @cache
