@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 Hub = Literal["huggingface", "modelscope"]
 
+REACH_TIMEOUT = 5.0  # seconds for the first answer of a hub
 STATUS_ADVICE = {
     401: "it asks for a login (HTTP 401): check the id, and log in if the model is private",
     403: "access is denied (HTTP 403): accept the model's terms on its page and log in",
@@ -76,6 +77,7 @@ class HuggingFace:
         from huggingface_hub.hf_api import RepoFile
 
         with explained("Hugging Face", model_id):
+            _reach_hugging_face()
             tree = list(HfApi().list_repo_tree(model_id, recursive=True, revision=revision))
         return [
             RemoteFile(
@@ -99,6 +101,7 @@ class HuggingFace:
         from huggingface_hub import snapshot_download
 
         with explained("Hugging Face", model_id):
+            _reach_hugging_face()
             path = snapshot_download(
                 model_id,
                 revision=revision,
@@ -166,6 +169,16 @@ def _checked(path: str, model_id: str) -> str:
     return path
 
 
+def _reach_hugging_face() -> None:
+    """Raise the client's connection error at once if the Hub cannot be reached, or is not to be.
+
+    The client itself tries six times over 25 seconds, and warns each time.
+    """
+    from huggingface_hub import constants, get_session
+
+    get_session().request("HEAD", constants.ENDPOINT, timeout=REACH_TIMEOUT)
+
+
 @contextmanager
 def explained(hub: str, model_id: str) -> Iterator[None]:
     """Turn whatever a hub's client raises for a failed transfer into a `DownloadError`."""
@@ -197,6 +210,8 @@ def _reason(error: BaseException) -> str:
         name, cause = next(iter(failed.items()))
         return f"{name}: {_reason(cause)}"
     chain = _chain(error)
+    if any(type(link).__name__ == "OfflineModeIsEnabled" for link in chain):
+        return "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or give local files"
     status = next((status for link in chain if (status := _status(link))), None)
     if status in STATUS_ADVICE:
         return STATUS_ADVICE[status]

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import Fault, HubServer
@@ -205,6 +207,29 @@ def test_what_the_hub_refuses_is_one_sentence(
 def test_an_unknown_model_is_named(name: Hub, served: HubServer, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"Qwen/None could not be fetched.*HTTP 404"):
         find_files("Qwen/None", PATTERN, hub=name, folder=tmp_path)
+
+
+def test_without_a_network_hugging_face_gives_up_at_once(
+    served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.stop()
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(DownloadError, match="could not be fetched from Hugging Face"):
+        find_files(MODEL, PATTERN, hub="huggingface", folder=tmp_path)
+    assert not slept and capsys.readouterr().err == ""
+
+
+def test_the_clients_offline_switch_is_named(
+    served: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(DownloadError, match="not in the cache, and HF_HUB_OFFLINE is set"):
+        find_files(MODEL, PATTERN, hub="huggingface", folder=tmp_path)
+    assert not served.requests
+    monkeypatch.undo()
+    huggingface_hub.close_session()
 
 
 @both_hubs
