@@ -460,9 +460,22 @@ class TimestepTextEmbedding(nn.Module):
 
 def _visit(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Outputs of `module` for each input, with its weights copied to `device` for the duration."""
-    tensors = chain(module.named_parameters(), module.named_buffers())
+    one_by_one = _OneByOne(module)  # one exchange of the weights for all inputs: it costs more than a call
+    tensors = chain(one_by_one.named_parameters(), one_by_one.named_buffers())
     weights = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors}
-    return [torch.func.functional_call(module, weights, (value,)) for value in inputs]
+    outputs: list[Tensor] = torch.func.functional_call(one_by_one, weights, (inputs,))
+    return outputs
+
+
+class _OneByOne(nn.Module):
+    """Calls a module for each of several inputs; a batch would be rounded differently."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [self.module(value) for value in inputs]
 
 
 def _register_with_cache_hooks() -> None:
