@@ -1,0 +1,192 @@
+"""A linear layer whose weight is kept in 8 bits with a scale per output channel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_qwenimage.kernels.quantized import (
+    FP8,
+    dequantize_reference,
+    quantize_rows_reference,
+    scaled_linear_reference,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a layer is quantised.
+
+    Attributes:
+        dtype: type of the weight.
+        activations: whether the inputs are quantised too, per token, so that the product is one of 8 bits.
+        rotation: largest block of inputs that is rotated together; 0 for none.
+        multiple: what the numbers of inputs and outputs must be multiples of.
+    """
+
+    dtype: torch.dtype
+    activations: bool
+    rotation: int
+    multiple: int
+
+
+SCHEMES = {
+    "fp8": Scheme(dtype=FP8, activations=True, rotation=0, multiple=16),
+    "int8": Scheme(dtype=torch.int8, activations=True, rotation=256, multiple=8),
+    "fp8-storage": Scheme(dtype=FP8, activations=False, rotation=0, multiple=1),
+}
+KINDS = tuple(SCHEMES)
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x weight^T + bias with a weight of 8 bits.
+
+    Attributes:
+        weight: [O, I] in float8_e4m3fn or int8, without gradient; its columns are rotated by blocks of
+            `rotation`, if that is not 0.
+        weight_scale: [O, 1], fp32: what a row of the weight is to be multiplied by.
+        bias: [O] in the type of the model, or None.
+        kind: a key of `SCHEMES`.
+        rotation: size of the rotated blocks of inputs.
+
+    Casting (`.to(dtype)`, `.half()`) changes the bias alone. Gradients reach the inputs and the bias.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kind: str,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer; `dtype` is that of the bias.
+
+        Raises:
+            ValueError: if there is no such kind, or it cannot have these sizes.
+        """
+        scheme = scheme_of(kind)
+        if in_features % scheme.multiple or out_features % scheme.multiple:
+            raise ValueError(
+                f"A layer of {in_features} inputs and {out_features} outputs cannot be {kind}: both must be "
+                f"multiples of {scheme.multiple}. Skip it."
+            )
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
+        self.kind = kind
+        self.rotation = rotation_of(scheme, in_features)
+        weight = torch.empty(out_features, in_features, device=device, dtype=scheme.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        scale = torch.empty(out_features, 1, device=device, dtype=torch.float32)
+        self.register_buffer("weight_scale", scale)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, kind: str) -> "QuantizedLinear":
+        """The quantised form of a layer, on its device; the bias is shared.
+
+        Raises:
+            ValueError: if the kind cannot have these sizes, or the weight holds values that are not finite.
+        """
+        features = linear.in_features, linear.out_features
+        bias = linear.bias is not None
+        layer = cls(*features, kind=kind, bias=bias, device="meta", dtype=linear.weight.dtype)
+        if not linear.weight.is_meta:
+            weight, scale = quantize_weight(linear.weight, kind)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.weight_scale = scale
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @property
+    def scheme(self) -> Scheme:
+        """How this layer is quantised."""
+        return SCHEMES[self.kind]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the stored one stands for, [O, I]."""
+        return dequantize_reference(self.weight, self.weight_scale, dtype, self.rotation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer of x [..., I]: [..., O], in the type of x."""
+        with_gradient = torch.is_grad_enabled() and x.requires_grad
+        y: Tensor = _Product.apply(x, self) if with_gradient else quantized_product(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and kind."""
+        return f"{super().extra_repr()}, kind={self.kind}, rotation={self.rotation}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        kept = {self.weight_scale.dtype, self.weight.dtype}
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            own = tensor is self.weight or tensor is self.weight_scale
+            if own and tensor.dtype in kept and result.dtype != tensor.dtype:
+                result = tensor.to(result.device)  # cast back, the weight would still be right but not scales
+            return result
+
+        super()._apply(moved, recurse)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """The product without the bias; the gradient of x uses the weight dequantised again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return quantized_product(x, layer)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None
+
+
+def quantized_product(x: Tensor, layer: QuantizedLinear) -> Tensor:
+    """x weight^T without the bias, [..., O]."""
+    if not layer.scheme.activations:
+        product: Tensor = x @ layer.dequantized(x.dtype).t()
+        return product
+    q, scale = quantize_rows_reference(x.reshape(-1, x.shape[-1]), layer.weight.dtype, layer.rotation)
+    y = scaled_linear_reference(q, scale, layer.weight, layer.weight_scale, None, x.dtype)
+    return y.view(*x.shape[:-1], -1)
+
+
+def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """A weight [O, I] as the kind stores it, and its scales [O, 1].
+
+    Raises:
+        ValueError: if it holds values that are not finite.
+    """
+    scheme = scheme_of(kind)
+    quantized, scale = quantize_rows_reference(weight, scheme.dtype, rotation_of(scheme, weight.shape[1]))
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("The weight holds values that are not finite; it cannot be quantised.")
+    return quantized, scale
+
+
+def scheme_of(kind: str) -> Scheme:
+    """The scheme of this name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if kind not in SCHEMES:
+        raise ValueError(f"Weights cannot be kept as {kind!r}. Choose one of {', '.join(KINDS)}.")
+    return SCHEMES[kind]
+
+
+def rotation_of(scheme: Scheme, in_features: int) -> int:
+    """The largest power of two that divides the inputs, up to the scheme's; 0 for none."""
+    block = min(in_features & -in_features, scheme.rotation)
+    return block if block > 1 else 0
+
