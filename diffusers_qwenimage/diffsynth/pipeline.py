@@ -20,6 +20,7 @@ from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, den
 from diffusers_qwenimage.images import open_image
 from diffusers_qwenimage.loading import load_scheduler
 from diffusers_qwenimage.pipelines.adapters import attach_lora, detach_loras, open_lora
+from diffusers_qwenimage.pipelines.sizes import recorded_sample_size, warn_if_far
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
@@ -30,6 +31,7 @@ from .models import PATTERNS, find_tokenizer, load_models, lora_file
 logger = logging.getLogger(__name__)
 
 QWEN_IMAGE_TOKENIZER = ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/")
+DEFAULT_SAMPLE_SIZE = 166  # latent pixels on a side: 1328 picture pixels
 
 
 class QwenImagePipeline:
@@ -147,8 +149,8 @@ class QwenImagePipeline:
         cfg_scale: float = 1.0,
         input_image: Image.Image | None = None,
         denoising_strength: float = 1.0,
-        height: int = 1328,
-        width: int = 1328,
+        height: int | None = None,
+        width: int | None = None,
         seed: int | None = None,
         rand_device: str | torch.device = "cpu",
         num_inference_steps: int = 30,
@@ -168,7 +170,8 @@ class QwenImagePipeline:
             input_image: picture to start from, of size `width` x `height`.
             denoising_strength: 0 gives `input_image` back, 1 takes nothing of it. All steps run, over the
                 last part of the schedule.
-            height, width: in pixels, multiples of 16; others are rounded up, with a warning.
+            height, width: in pixels, multiples of 16; others are rounded up, with a warning. Default 1328, or
+                what the checkpoint says it was made for.
             seed: of the noise; None is random.
             rand_device: where the noise is drawn; its numbers differ between devices.
             num_inference_steps: denoising steps, at least 1.
@@ -182,7 +185,10 @@ class QwenImagePipeline:
         """
         self._require("dit", "vae", "text_encoder", "tokenizer")
         side = self.vae.spatial_compression_ratio * packing.PATCH  # pixels of a token: 16
+        default = (recorded_sample_size(self.dit) or DEFAULT_SAMPLE_SIZE) * self.vae.spatial_compression_ratio
+        height, width = default if height is None else height, default if width is None else width
         rows, columns = _token_grid(height, width, side)
+        warn_if_far(self.dit, rows * side, columns * side, scale_factor=self.vae.spatial_compression_ratio)
         sizes = ((width, height), (columns * side, rows * side))
         picture = _check_start(input_image, denoising_strength, *sizes)
         if not math.isfinite(cfg_scale):

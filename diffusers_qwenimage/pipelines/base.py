@@ -25,6 +25,7 @@ from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
 from .lora import QwenImageLoraMixin
+from .sizes import PUBLISHED_SAMPLE_SIZE, recorded_sample_size, warn_if_far
 from .text import Text, check_text, guidance_is_on, join_negative
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=side, vae_latent_channels=self.latent_channels
         )
-        self.default_sample_size = 128  # latent pixels: 1024 picture pixels
+        self.default_sample_size = recorded_sample_size(transformer) or PUBLISHED_SAMPLE_SIZE  # latent pixels
         self.prompt_template_encode = TEXT_TO_IMAGE.text
         self.prompt_template_encode_start_idx = TEXT_TO_IMAGE.prefix_tokens
         self.tokenizer_max_length = MAX_PROMPT_TOKENS
@@ -211,6 +212,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
                 negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask, max_sequence_length
             )
             negative = join_negative(embeds, len(positive))
+        positive, negative = self._as_computed(positive), negative and self._as_computed(negative)
         return Text(
             prompt=[sample for sample in positive for _ in range(num_images_per_prompt)],
             negative=None
@@ -219,6 +221,12 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
             guidance_scale=true_cfg_scale,
             num_prompts=len(positive),
         )
+
+    def _as_computed(self, samples: list[Tensor]) -> list[Tensor]:
+        """In the type of the transformer: without `dtype`, diffusers loads it in fp32, but the text encoder
+        in the type that its config names."""
+        dtype: torch.dtype = self.transformer.dtype
+        return samples if dtype.itemsize == 1 else [sample.to(dtype) for sample in samples]
 
     def _embed(
         self,
@@ -289,6 +297,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
                 columns * side,
                 rows * side,
             )
+        warn_if_far(self.transformer, rows * side, columns * side, scale_factor=self.vae_scale_factor)
         return rows, columns
 
     def _run(
