@@ -1,4 +1,4 @@
-"""The picture size that a checkpoint was made for: default of a call without a size, and a warning far off."""
+"""The picture size that a checkpoint was made for: the default of a call, and a warning far from it."""
 
 import logging
 from typing import Any

@@ -1,6 +1,7 @@
 """`qwenimage generate`, on a tiny random model."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_made import MODULES, lora_tensors, write_lora
 from model_files import write_model
 from PIL import Image
 
 import diffusers_qwenimage
 from diffusers_qwenimage import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
 from diffusers_qwenimage.cli import main
-from diffusers_qwenimage.cli.generate import fit_area, number_paths
+from diffusers_qwenimage.cli.generate_options import Lora, fit_area, lora, number_paths
 from diffusers_qwenimage.images import read_metadata
 from diffusers_qwenimage.loading import load_components
 
@@ -151,6 +153,63 @@ def test_metadata_of_a_prompt_in_any_script(model: Path, folder: Path) -> None:
     assert read_metadata("sign.jpg")["prompt"] == prompt
 
 
+def test_loras_are_applied_at_their_strengths_and_reported(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"modules": MODULES[:-1], "hidden": 32}
+    write_lora(folder / "a=b.safetensors", "kohya", **sizes)
+    write_lora(folder / "style.safetensors", "opensource", seed=1, **sizes)
+    common = ("--size", "32x32", "--seed", "1")
+    assert generate(model, *common, "-o", "plain.png") == 0
+    capsys.readouterr()
+    loras = ("--lora", "a=b.safetensors", "--lora", "style.safetensors=0.5")
+    assert generate(model, *common, *loras, "-o", "both.png") == 0
+    err = capsys.readouterr().err
+    assert "LoRA a=b.safetensors: 9 layers changed at strength 1 (formats kohya; kinds lora)\n" in err
+    assert "LoRA style.safetensors: 9 layers changed at strength 0.5 (formats opensource;" in err
+    assert read_metadata("both.png")["lora"] == "a=b.safetensors=1, style.safetensors=0.5"
+    assert not np.array_equal(pixels("plain.png"), pixels("both.png"))
+    parts = load_components(model, dtype=torch.float32)
+    pipeline = QwenImagePipeline(**vars(parts))
+    for name, format_name, seed in (("a", "kohya", 0), ("b", "opensource", 1)):
+        pipeline.load_lora_weights(lora_tensors(format_name, seed=seed, **sizes), adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [1.0, 0.5])
+    expected = pipeline(
+        "a cat",
+        negative_prompt="",
+        num_inference_steps=2,
+        width=32,
+        height=32,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    assert np.array_equal(pixels("both.png"), np.asarray(expected))
+    assert generate(model, *common, "--lora", "style.safetensors=0", "-o", "none.png") == 0
+    assert np.array_equal(pixels("none.png"), pixels("plain.png"))
+
+
+def test_a_lora_of_another_model_is_refused(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lora(folder / "other.safetensors", hidden=48)
+    assert generate(model, "--size", "32x32", "--lora", "other.safetensors") == 2
+    assert "other.safetensors does not fit" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("out.png").exists()
+
+
+def test_lora_arguments() -> None:
+    assert lora("a.safetensors") == Lora(source="a.safetensors", strength=1.0)
+    assert lora("a.safetensors=-0.5") == Lora(source="a.safetensors", strength=-0.5)
+    assert lora("x=y.safetensors") == Lora(source="x=y.safetensors", strength=1.0)
+    assert lora("x=y.safetensors=2") == Lora(source="x=y.safetensors", strength=2.0)
+
+
+def test_the_size_that_a_folder_states_is_the_default(folder: Path) -> None:
+    copy = folder / "model"
+    shutil.copytree(EMBEDDED, copy)
+    assert main(["generate", "a", "--model", str(copy), "--steps", "1", "--device", "cpu"]) == 0
+    assert pixels("out.png").shape == (256, 256, 3)
+
+
 EMBEDDED = Path(diffusers_qwenimage.__file__).parent / "assets" / "tiny"
 
 
@@ -190,6 +249,8 @@ def test_without_a_model_the_embedded_one_is_used(folder: Path, capsys: pytest.C
         (["--model", "no/such/model"], "neither the id of a model"),
         (["--model", "folder.png"], "is not a model in diffusers' layout"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--lora", "=1"], "'=1' is not FILE or FILE=STRENGTH"),
+        (["--lora", "gone.safetensors"], "gone.safetensors"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--ste", "2"], "unrecognized arguments: --ste"),
     ],
@@ -249,6 +310,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--num-images",
         "--dtype",
         "--device",
+        "--lora",
         "-o FILE",
     ):
         assert option in text
