@@ -36,6 +36,7 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.txt_norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.txt_mlp = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
+        self.keep = "all"  # what a fused training step keeps for its backward pass: fused_training.Keep
 
     def forward(
         self,
@@ -66,6 +67,25 @@ class QwenImageTransformerBlock(nn.Module):
             The text stream and the image stream, in this order, as in diffusers.
         """
         image, text = hidden_states, encoder_hidden_states
+        if (
+            torch.is_grad_enabled()
+            and modulation is None
+            and not joint_attention_kwargs
+            and image_rotary_emb is not None
+            and self._is_trained_fused(image, text, encoder_hidden_states_mask, temb)
+        ):
+            from .fused_training import Keep, trained_block  # here, since it imports Triton
+
+            image, text = trained_block(
+                self,
+                image,
+                text,
+                temb=temb,
+                tables=image_rotary_emb,
+                text_lengths=text_lengths,
+                keep=Keep(self.keep),
+            )
+            return text, image
         if modulation is None:
             modulation = self.modulation_of(temb if temb.ndim == 3 else temb[:, None])
         if (
@@ -124,6 +144,22 @@ class QwenImageTransformerBlock(nn.Module):
         from .projections import fuse_
 
         if why_not(self, image, text, modulation) is not None:
+            return False
+        if not self.attn.is_laid_out:
+            fuse_(self.attn)
+            self.attn.is_laid_out = True
+        return True
+
+    def _is_trained_fused(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor) -> bool:
+        """Whether this call, with gradients, takes the fused training path."""
+        if torch.compiler.is_compiling() or backend(image.device).name == "off":
+            return False
+        if type(self.attn.processor) is not QwenImageAttnProcessor:
+            return False
+        from .fused_training import why_not_trained
+        from .projections import fuse_
+
+        if why_not_trained(self, image, text, mask, temb) is not None:
             return False
         if not self.attn.is_laid_out:
             fuse_(self.attn)
