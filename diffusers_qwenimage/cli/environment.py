@@ -22,6 +22,8 @@ PACKAGES = (
     "pillow",
     "triton",
 )
+SHOWN = ("diffusers-qwenimage", "torch", "diffusers", "transformers")
+MORE = ("Packages and attention backends: qwenimage env --all",)
 GIB = 2**30
 # Weights of Qwen-Image in bfloat16, in GiB: transformer 38.05, text encoder 15.45, VAE 0.24.
 WHOLE_MODEL = 54
@@ -37,23 +39,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "env",
         help="show versions, devices, memory, and what can be used",
-        description="Show versions, devices, memory, attention backends and recommended settings. "
-        "Add the output to a bug report.",
+        description="Show recommended settings, versions, devices and memory. "
+        "Add the output of --all to a bug report.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="show every package and attention backend")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
-    report = environment()
-    print(json.dumps(report, indent=2) if arguments.json else as_text(report))
+    report = environment(try_backends=arguments.json or arguments.all)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join([*short_lines(report), *(all_lines(report) if arguments.all else MORE)]))
     return 0
 
 
-def environment() -> dict[str, Any]:
-    """The report, of plain JSON types; memory in GiB."""
+def environment(*, try_backends: bool = True) -> dict[str, Any]:
+    """The report, of plain JSON types; memory in GiB. Without `try_backends` they are left out."""
     devices = gpus()
     memory = host_memory()
     device = "cuda" if devices else "cpu"
@@ -63,7 +69,7 @@ def environment() -> dict[str, Any]:
         "host": {"cpus": num_cpus(), **memory},
         "gpus": devices,
         "no_gpu_reason": None if devices else no_gpu_reason(),
-        "attention_backends": attention_backends(device),
+        "attention_backends": attention_backends(device) if try_backends else {},
         "fused_path": fused_path(device),
         "embedded_model": embedded_model(),
         "recommended": recommended(devices, memory["memory_total"]),
@@ -197,37 +203,42 @@ def recommended(devices: list[dict[str, Any]], host_total: float) -> dict[str, s
     return {"device": first["device"], "dtype": dtype, "qwen_image": placement}
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report for reading."""
-    packages = [f"  {name:<20} {version or 'not installed'}" for name, version in report["packages"].items()]
-    host = report["host"]
+def short_lines(report: dict[str, Any]) -> list[str]:
+    """What decides how pictures are made here, for reading."""
+    host, advice = report["host"], report["recommended"]
+    versions = [f"{name} {report['packages'][name] or 'missing'}" for name in SHOWN]
     devices = [
-        f"  {gpu['device']}  {gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"GPU          {gpu['device']}, {gpu['name']}, compute capability {gpu['compute_capability']}, "
         f"{gpu['memory_free']:.1f} of {gpu['memory_total']:.1f} GiB free"
         for gpu in report["gpus"]
     ]
+    return [
+        f"Recommended  {advice['device']}, {advice['dtype']}. Qwen-Image: {advice['qwen_image']}",
+        *(devices or [f"GPU          none: {report['no_gpu_reason']}"]),
+        f"Host         {host['cpus']} CPUs, "
+        f"{host['memory_available']:.1f} of {host['memory_total']:.1f} GiB of memory available",
+        f"Fused path   {report['fused_path']}",
+        f"Versions     {', '.join(versions)}",
+    ]
+
+
+def all_lines(report: dict[str, Any]) -> list[str]:
+    """The rest, for bug reports."""
+    packages = [f"  {name:<20} {version or 'not installed'}" for name, version in report["packages"].items()]
     backends = report["attention_backends"]
     working = [name for name, answer in backends.items() if answer == "works"]
     others: dict[str, list[str]] = {}
     for name, answer in backends.items():
         if answer != "works":
             others.setdefault(_without_name(answer, name), []).append(name)
-    lines = [
-        f"Python  {report['python']}",
+    return [
+        f"Python       {report['python']}",
         "Packages",
         *packages,
-        f"Host  {host['cpus']} CPUs, "
-        f"{host['memory_available']:.1f} of {host['memory_total']:.1f} GiB of memory available",
-        "GPUs" if devices else f"GPUs  none: {report['no_gpu_reason']}",
-        *devices,
         f"Attention backends  {', '.join(working)}",
         *(f"  not {', '.join(names)}: {reason}" for reason, names in others.items()),
-        f"Fused path  {report['fused_path']}",
         f"Embedded model  {report['embedded_model']}",
-        "Recommended",
-        *(f"  {name.replace('_', '-'):<11} {value}" for name, value in report["recommended"].items()),
     ]
-    return "\n".join(lines)
 
 
 def _without_name(answer: str, name: str) -> str:

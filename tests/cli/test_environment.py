@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_qwenimage.cli import main
-from diffusers_qwenimage.cli.environment import as_text, environment, recommended
+from diffusers_qwenimage.cli.environment import environment, recommended, short_lines
 from diffusers_qwenimage.version import __version__
 
 GPU = {
@@ -42,31 +42,39 @@ def test_json_says_what_is_installed_and_found(capsys: pytest.CaptureFixture[str
         assert report["recommended"]["device"] == "cpu"
 
 
-def test_text_shows_every_part_and_why_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_short_and_begins_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Recommended  ") and "Qwen-Image: " in lines[0]
+    assert [line.split()[0] for line in lines[1:5]] == ["GPU", "Host", "Fused", "Versions"]
+    assert lines[-1].endswith("qwenimage env --all") and len(lines) <= 6
+
+
+def test_all_shows_every_part_and_why_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--all"]) == 0
     text = capsys.readouterr().out
     for part in (
+        "Recommended",
+        "GPU",
+        "Host ",
         "Python ",
         "Packages",
-        "Host ",
-        "GPUs",
         "Attention backends ",
         "Embedded model",
-        "Recommended",
     ):
         assert f"\n{part}" in f"\n{text}"
     assert f"  torch                {torch.__version__}\n" in text
 
 
 def test_text_of_a_machine_with_a_gpu() -> None:
-    report = environment() | {
+    report = environment(try_backends=False) | {
         "gpus": [GPU],
         "no_gpu_reason": None,
         "recommended": recommended([GPU], 100.0),
     }
-    text = as_text(report)
-    assert "  cuda:0  A GPU, compute capability 9.0, 78.5 of 79.1 GiB free" in text
-    assert "  qwen-image  all parts on the GPU (54 GiB of weights)" in text
+    text = "\n".join(short_lines(report))
+    assert "GPU          cuda:0, A GPU, compute capability 9.0, 78.5 of 79.1 GiB free" in text
+    assert "Qwen-Image: all parts on the GPU (54 GiB of weights)" in text
 
 
 @pytest.mark.parametrize(
