@@ -29,6 +29,7 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
+from .graphs import ModelCall, forward, graphs_of
 from .prompt import pad
 from .rotary import ImageShape
 from .transformer import QwenImageTransformer2DModel
@@ -160,21 +161,24 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
         one_kind = None if kind is None else kind[:1]
         table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
 
+    graphs = graphs_of(model) if ours and model is transformer else None
+
     def call(index: int, tokens: Tensor, text: PromptEmbeds, residuals: Sequence[Tensor] | None) -> Tensor:
         copies = len(text) // tokens.shape[0]  # 2 if both branches of the guidance go together
-        embeds, mask = (list(text), None) if ours else pad(text)
-        velocity: Tensor = transformer(
+        one = ModelCall(
             hidden_states=_repeat(tokens, copies),
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=mask,
+            text=text,
             timestep=sigmas[index].expand(len(text)),
-            img_shapes=[list(inputs.image_shapes)] * len(text),
-            controlnet_block_samples=residuals and [_repeat(residual, copies) for residual in residuals],
-            additional_t_cond=None if kind is None else _repeat(kind, copies),
-            attention_kwargs=dict(inputs.attention_kwargs),
-            return_dict=False,
-            **({} if table is None else {"modulation": table.at(index)}),
-        )[0]
+            image_shapes=inputs.image_shapes,
+            residuals=[_repeat(residual, copies) for residual in residuals or ()],
+            kind=None if kind is None else _repeat(kind, copies),
+            modulation=None if table is None else table.at(index),
+            attention_kwargs=inputs.attention_kwargs,
+        )
+        if graphs is not None:
+            velocity = graphs(model, one)
+        else:
+            velocity = forward(transformer, one, is_padded=not ours)
         return velocity[:, : inputs.latents.shape[1]]
 
     def predict(index: int, latents: Tensor, prompt: PromptEmbeds) -> Tensor:

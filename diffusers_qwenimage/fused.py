@@ -173,6 +173,20 @@ def layout_of(num_image: int, text_lengths: tuple[int, ...], device: torch.devic
         )
 
 
+def cached_tensors(
+    num_image: int, text_lengths: tuple[int, ...], *, num_target_tokens: int | None, device: torch.device
+) -> list[Tensor]:
+    """The cached tensors that blocks read for such a batch, for who records addresses (`graphs.py`)."""
+    batch, regions = len(text_lengths), 1 if num_target_tokens is None else 2
+    border = num_image if num_target_tokens is None else num_target_tokens
+    layout = layout_of(num_image, text_lengths, device)
+    indices = [
+        _image_index(samples, regions, batch, num_image, border, device) for samples in {1, batch}
+    ]  # one modulation for all samples, or one each
+    kept = [layout.image_rows, layout.text_rows, _text_index(text_lengths, device), *indices]
+    return [tensor for tensor in kept if tensor is not None]
+
+
 def _image_modulation(
     modulation_BRD: Tensor, batch: int, num_image: int, num_target_tokens: int | None
 ) -> StreamModulation:
