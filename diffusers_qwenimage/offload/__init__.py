@@ -1,0 +1,36 @@
+"""Weights that do not fit on the device: streamed to it block by block, within a budget.
+
+    plan = plan_stream(transformer, 8 * 2**30)      # what would stay and what would stream; touches nothing
+    stream(transformer, device="cuda", vram_limit=8 * 2**30)
+    unstream(transformer)
+
+| file | subject |
+|---|---|
+| stream.py | `stream`, `unstream`, `streamed` |
+| plan.py | what stays on the device and what streams, for a budget |
+| survey.py | the blocks of a module, and the rest |
+| state.py | a module that streams: placing weights, hooks, undoing both |
+| visits.py | what happens around the forward of a block |
+| ring.py | slots on the device, and which block comes next |
+| lanes.py | copies beside the work: a stream and events |
+| mapped.py | weights that stay in a memory-mapped file |
+| memory.py | pinned host memory without rounding |
+| layout.py | tensors behind each other in one slab |
+| hooks.py | hooks below those of other programs |
+"""
+
+from .plan import BlockPlan, Source, StreamPlan, plan_stream
+from .stream import fetched_bytes, stream, streamed, unstream
+from .survey import find_blocks
+
+__all__ = [
+    "BlockPlan",
+    "Source",
+    "StreamPlan",
+    "fetched_bytes",
+    "find_blocks",
+    "plan_stream",
+    "stream",
+    "streamed",
+    "unstream",
+]

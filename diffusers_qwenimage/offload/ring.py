@@ -1,0 +1,235 @@
+"""A ring of places on the device through which the streamed weights of all blocks pass.
+
+Whoever visits block i borrows the slot that holds it. While it works, the free slots are filled with the
+blocks that come next. Which these are: in inference the list in order, and from its end to its start for the
+next step; with gradients, where a backward pass visits the blocks again from the last to the first, the
+direction of the last two visits, turned around at the ends. A wrong guess costs time only: a block that is
+not there is fetched when it is asked for.
+
+Blocks fetched for the next pass may have been changed before that starts (a LoRA fused into them). A sample
+of their bytes is compared then, and they are fetched again if it differs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .lanes import Lane, Mark
+from .layout import Layout
+from .memory import HostSlab
+from .survey import Member
+
+SAMPLES = 128  # bytes of each tensor that are compared
+
+
+@dataclass(kw_only=True)
+class Unit:
+    """The streamed weights of one block.
+
+    Attributes:
+        name: of the block.
+        members: the tensors' places in the module, in the order of the layout.
+        layout: of the slab, and of the slot that holds it.
+        homes: the tensors in host memory.
+        slab: the memory of the homes, if it is in one piece.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    layout: Layout
+    homes: list[Tensor]
+    slab: HostSlab | None
+
+    def sample(self) -> list[Tensor]:
+        """A few bytes of every tensor."""
+        return [_sample(home) for home in self.homes]
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """A place on the device for one unit.
+
+    Attributes:
+        memory: uint8.
+        ready: reached when what was fetched is there.
+        free: reached when what was there is not read any more.
+        holds: the unit in it (or on its way to it).
+        borrowed: whether a block works with it.
+        fetched_in: the pass in which it was filled.
+        sample: of the unit as it was fetched, if it was fetched for the next pass.
+    """
+
+    memory: Tensor
+    ready: Mark
+    free: Mark
+    holds: int | None = None
+    borrowed: bool = False
+    fetched_in: int = 0
+    sample: list[Tensor] | None = None
+    _views: dict[Layout, list[Tensor]] = field(default_factory=dict)
+
+    def views(self, layout: Layout) -> list[Tensor]:
+        """The tensors of a unit of this layout in the slot; made once."""
+        if layout not in self._views:
+            self._views[layout] = layout.views(self.memory)
+        return self._views[layout]
+
+
+class Feeder:
+    """Fills slots from slabs of pinned memory."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def start(self, unit: Unit, slot: Slot) -> None:
+        """Start to fill a slot; it may still be read until its mark `free`."""
+        assert unit.slab is not None
+        size = unit.layout.num_bytes
+        self._lane.copy(slot.memory[:size], unit.slab.tensor[:size], after=slot.free, done=[slot.ready])
+
+    def arrive(self, slot: Slot) -> None:
+        """Let the work given from now on wait for what was started last."""
+        self._lane.wait(slot.ready)
+
+    def stop(self) -> None:
+        """Finish; nothing is started afterwards."""
+
+
+class Ring:
+    """Slots, and what is known of the order of visits.
+
+    Args:
+        units: all units; they are named by their index.
+        lists: which units are visited one after the other.
+        slots: at least one.
+        feeder: fills slots.
+        lane: the marks of the slots are its.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        lists: Sequence[range],
+        slots: Sequence[Slot],
+        *,
+        feeder: Feeder,
+        lane: Lane,
+    ) -> None:
+        self._units = units
+        self._list_of = {index: indices for indices in lists for index in indices}
+        self._slots = slots
+        self._feeder = feeder
+        self._lane = lane
+        self._last: int | None = None
+        self._direction = 1
+        self._pass = 0
+        self.fetched_bytes = 0
+
+    def borrow(self, index: int, *, with_gradient: bool) -> Slot:
+        """The slot that holds a unit, for work given from now on until `give_back`."""
+        self._note_visit(index, with_gradient)
+        slot = next((slot for slot in self._slots if slot.holds == index), None)
+        if slot is None:
+            slot = self._place_for(index, with_gradient)
+            self._fetch(index, slot)
+        elif self._is_stale(slot):
+            self._fetch(index, slot)
+        self._feeder.arrive(slot)
+        slot.borrowed = True
+        self._fetch_ahead(index, with_gradient)
+        return slot
+
+    def give_back(self, slot: Slot, *, ahead: bool) -> None:
+        """Work that reads the slot has been given; `ahead`: fill it with what comes next."""
+        index = slot.holds
+        self._lane.reach(slot.free)
+        slot.borrowed = False
+        if ahead and index is not None:
+            self._fetch_ahead(index, with_gradient=False)
+
+    def forget(self, index: int) -> None:
+        """A unit has changed: what is in a slot is of no use."""
+        for slot in self._slots:
+            if slot.holds == index:
+                slot.holds = None
+
+    def _note_visit(self, index: int, with_gradient: bool) -> None:
+        indices, last = self._list_of[index], self._last
+        self._last = index
+        if last is None or last not in indices:
+            self._direction, self._pass = 1, self._pass + 1
+        elif index == last:
+            self._pass += index == indices[0]
+            self._direction = 1 if index == indices[0] else -1
+        elif abs(index - last) == 1 and (with_gradient or index > last):
+            self._direction = index - last
+        else:
+            self._direction, self._pass = 1, self._pass + 1
+
+    def _next(self, index: int, with_gradient: bool) -> Iterator[tuple[int, bool]]:
+        """What will probably be visited after `index`, and whether in another pass."""
+        indices, direction, later = self._list_of[index], self._direction, False
+        if len(indices) == 1:
+            return
+        while True:
+            index += direction if with_gradient else 1
+            if index not in indices:
+                later = True
+                if with_gradient:
+                    direction = -direction
+                    index += 2 * direction
+                else:
+                    index = indices[0]
+            yield index, later
+
+    def _fetch_ahead(self, index: int, with_gradient: bool) -> None:
+        """Fill free slots with the next units, as far as slots go."""
+        wanted: list[int] = [index] if any(s.borrowed and s.holds == index for s in self._slots) else []
+        later = {}
+        for following, is_later in self._next(index, with_gradient):
+            if len(wanted) == len(self._slots) or following in wanted:
+                break
+            wanted.append(following)
+            later[following] = is_later
+        held = {slot.holds for slot in self._slots}
+        places = [slot for slot in self._slots if not slot.borrowed and slot.holds not in wanted]
+        for following, slot in zip([unit for unit in wanted if unit not in held], places, strict=False):
+            self._fetch(following, slot, later=later[following])
+
+    def _fetch(self, index: int, slot: Slot, *, later: bool = False) -> None:
+        unit = self._units[index]
+        slot.holds = None  # until the copy was given: it can fail
+        slot.sample = unit.sample() if later else None
+        self._feeder.start(unit, slot)
+        slot.holds, slot.fetched_in = index, self._pass
+        self.fetched_bytes += unit.layout.num_bytes
+
+    def _is_stale(self, slot: Slot) -> bool:
+        if slot.fetched_in == self._pass:
+            return False
+        assert slot.holds is not None
+        slot.fetched_in = self._pass
+        now = self._units[slot.holds].sample()
+        return slot.sample is None or not all(map(torch.equal, slot.sample, now))
+
+    def _place_for(self, index: int, with_gradient: bool) -> Slot:
+        """A free slot; of several the one whose unit is needed last."""
+        free = [slot for slot in self._slots if not slot.borrowed]
+        assert free, "every slot is borrowed"
+        for slot in free:
+            if slot.holds is None:
+                return slot
+        soon: list[int] = []
+        for following, _ in self._next(index, with_gradient):
+            if following in soon or len(soon) == len(self._slots):
+                break
+            soon.append(following)
+        return max(free, key=lambda slot: soon.index(slot.holds) if slot.holds in soon else len(soon))
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    stride = max(1, flat.numel() // SAMPLES) | 1  # odd: high and low bytes in turn
+    return flat[::stride].clone()

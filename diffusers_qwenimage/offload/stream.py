@@ -1,0 +1,101 @@
+"""Run a module on a device that cannot hold all of its weights.
+
+    plan = stream(transformer, device="cuda", vram_limit=8 * 2**30)
+    ...                                     # use the module as before
+    unstream(transformer)
+
+The module's blocks keep a part of their weights on the device. The rest lies in pinned host memory, one piece
+per block, and is copied to a ring of slots on the device while earlier blocks compute. Results are those of
+the fully resident module, bit for bit. See plan.py for what stays, ring.py for the order of copies and
+visits.py for what happens around a block.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from .plan import Source, StreamPlan, make_plan
+from .state import Streaming, state_of
+
+
+def stream(
+    module: nn.Module,
+    *,
+    device: str | torch.device,
+    vram_limit: int | None = None,
+    blocks: Sequence[str] | None = None,
+    on_call: Sequence[str] | None = None,
+    source: Source = "pinned",
+    num_slots: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> StreamPlan:
+    """Stream the weights of a module's blocks to a device; again with another budget to plan anew.
+
+    The weights of the blocks are frozen (`requires_grad_(False)`); adapters of PEFT, loaded before or after,
+    stay on the device and can be trained, with gradient checkpointing.
+
+    Args:
+        module: a module with lists of blocks that run one after the other, its weights anywhere but on meta.
+        device: where it computes. On a CPU the same code runs with plain copies.
+        vram_limit: bytes for the module's weights on the device, slots included; None: no limit.
+        blocks: names of lists of blocks (`transformer_blocks`), or of blocks; None: every outermost
+            `ModuleList` of two or more modules of one class.
+        on_call: names of submodules, of the module or in its blocks, that stay in host memory and come to the
+            device when they are called; None: those that the class names in `_stream_on_call` (for our
+            transformer the modulation, which is tabulated). Large parts outside of the blocks (32 MiB) do so
+            too when the module does not fit; of embeddings only the rows that are needed come.
+        source: "pinned": weights are copied to pinned memory, once; "mapped": they stay where they are on the
+            host, usually in a memory-mapped file, and pass through two pinned buffers.
+        num_slots: places for blocks on the device; None: three, or fewer if the budget is small. With one,
+            nothing is copied while a block computes.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        ValueError: if the budget is too small, or the module cannot be streamed.
+        MemoryError, torch.OutOfMemoryError: if there is not enough memory; the module is whole then, on the
+            CPU.
+    """
+    target = _device(device)
+    before = state_of(module)
+    if before is not None:
+        before.settle()
+    placement = make_plan(
+        module,
+        vram_limit,
+        device=str(target),
+        blocks=blocks,
+        on_call=on_call,
+        source=source,
+        num_slots=num_slots,
+    )
+    if before is not None:
+        before.stop()
+    Streaming(module, placement, target).start(progress)
+    return placement.plan
+
+
+def unstream(module: nn.Module, *, device: str | torch.device = "cpu") -> None:
+    """Undo `stream`: hooks go, and all weights are on `device`. One that does not stream is left alone."""
+    state = state_of(module)
+    if state is not None:
+        state.stop()
+        module.to(device)
+
+
+def streamed(module: nn.Module) -> StreamPlan | None:
+    """The plan of a module that streams; None if it does not."""
+    state = state_of(module)
+    return None if state is None else state.placement.plan
+
+
+def fetched_bytes(module: nn.Module) -> int:
+    """Bytes copied to the device for visits since `stream`; 0 if the module does not stream."""
+    state = state_of(module)
+    return 0 if state is None else state.fetched_bytes
+
+
+def _device(device: str | torch.device) -> torch.device:
+    found = torch.device(device)
+    with_index = found.type != "cuda" or ":" in str(found)
+    return found if with_index else torch.device("cuda", torch.cuda.current_device())
