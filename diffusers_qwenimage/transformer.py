@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
 from .kernels import backend
+from .offload import streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class QwenImageTransformer2DModel(
     _no_split_modules = ["QwenImageTransformerBlock"]
     _repeated_blocks = ["QwenImageTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _stream_on_call = ("img_mod", "txt_mod")  # see offload: they are tabulated
     _cp_plan = {
         "transformer_blocks.0": {
             "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
@@ -224,7 +226,7 @@ class QwenImageTransformer2DModel(
         image_BLD = self.img_in(hidden_states)
         text_BTD = self.txt_in(self.txt_norm(text))
         temb, region_temb = self._embed_timestep(timestep, image_BLD, additional_t_cond)
-        if modulation is None and self.modulation_is_offloaded:
+        if modulation is None and self.modulation_is_offloaded and streamed(self) is None:
             raise ValueError(
                 "The modulation weights are on another device. Pass `modulation=` of tabulate_modulation, "
                 "or bring them back with load_modulation()."
@@ -309,6 +311,9 @@ class QwenImageTransformer2DModel(
         """Whether modulation weights are on another device than the rest of the model."""
         if torch.compiler.is_compiling() or not self.transformer_blocks:
             return False
+        plan = streamed(self)
+        if plan is not None:
+            return "transformer_blocks.0.img_mod" in plan.on_call
         device = self.img_in.weight.device
         first = self._blocks()[0]
         # A hook that moves weights just in time (accelerate, group offload) moves the whole block.

@@ -54,6 +54,7 @@ class StreamPlan:
         smallest_bytes: the smallest budget that works, with one slot: nothing is copied while it computes.
         smallest_overlapping_bytes: the smallest with two slots, where copies are hidden behind the work.
         blocks: block by block.
+        on_call: names of the modules that stay in host memory.
     """
 
     vram_limit: int | None
@@ -68,6 +69,7 @@ class StreamPlan:
     smallest_bytes: int
     smallest_overlapping_bytes: int
     blocks: tuple[BlockPlan, ...] = field(repr=False)
+    on_call: tuple[str, ...] = field(repr=False)
 
     @property
     def device_bytes(self) -> int:
@@ -248,6 +250,7 @@ def _placement(
         on_call_bytes=num_bytes_of(parts.on_host),
         smallest_bytes=_device_bytes(least, none, 1),
         smallest_overlapping_bytes=_device_bytes(least, none, 2),
+        on_call=(*parts.on_call, *parts.gathered),
         blocks=tuple(
             BlockPlan(
                 name=block.name,
