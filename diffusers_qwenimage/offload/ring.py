@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .lanes import Lane, Mark
 from .layout import Layout
-from .memory import HostSlab
+from .memory import HostSlab, device_slab
 from .survey import Member
 
 SAMPLES = 128  # bytes of each tensor that are compared
@@ -69,6 +69,11 @@ class Slot:
     fetched_in: int = 0
     sample: list[Tensor] | None = None
     _views: dict[Layout, list[Tensor]] = field(default_factory=dict)
+
+    def empty(self) -> None:
+        """Give the memory back. Nothing may be reading from it or writing to it."""
+        self.memory, self.holds, self.sample = self.memory.new_empty(0), None, None
+        self._views.clear()
 
     def views(self, layout: Layout) -> list[Tensor]:
         """The tensors of a unit of this layout in the slot; made once."""
@@ -125,10 +130,12 @@ class Ring:
         self._last: int | None = None
         self._direction = 1
         self._pass = 0
+        self._slot_bytes = max((slot.memory.numel() for slot in slots), default=0)
         self.fetched_bytes = 0
 
     def borrow(self, index: int, *, with_gradient: bool) -> Slot:
         """The slot that holds a unit, for work given from now on until `give_back`."""
+        self._wake()
         self._note_visit(index, with_gradient)
         slot = next((slot for slot in self._slots if slot.holds == index), None)
         if slot is None:
@@ -154,6 +161,21 @@ class Ring:
         for slot in self._slots:
             if slot.holds == index:
                 slot.holds = None
+
+    def rest(self) -> None:
+        """Give the memory of the slots back until the next visit."""
+        for slot in self._slots:
+            if slot.holds is not None:
+                self._feeder.arrive(slot)  # a reader may not even have begun to copy
+        self._lane.drain()
+        for slot in self._slots:
+            slot.empty()
+
+    def _wake(self) -> None:
+        for slot in self._slots:
+            if slot.memory.numel() != self._slot_bytes:
+                slot.memory = device_slab(self._slot_bytes, slot.memory.device)
+                self._lane.reach(slot.free)  # what had this memory before is done with it by then
 
     def _note_visit(self, index: int, with_gradient: bool) -> None:
         indices, last = self._list_of[index], self._last
