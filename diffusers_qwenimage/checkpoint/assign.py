@@ -1,6 +1,6 @@
 """Tensors of a checkpoint into a module: everything is checked before a byte of weight data is read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,12 +77,12 @@ def assign_weights(
             the module is untouched then.
     """
     scaled = split_scales(checkpoint)
-    _check(module, scaled.weights)
+    check_fits(module, scaled.weights)
     state = dict(_read(scaled, dtype=dtype, device=torch.device(device)))
-    for name, target in _tied(module).items():
+    for name, target in tied_names(module).items():
         state.setdefault(name, state[target])
     module.load_state_dict(state, strict=True, assign=True)
-    if _tied(module):
+    if tied_names(module):
         module.tie_weights()  # type: ignore[operator]  # of PreTrainedModel
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
@@ -119,15 +119,20 @@ def _read(
         yield name, moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
 
-def _tied(module: nn.Module) -> dict[str, str]:
+def tied_names(module: nn.Module) -> dict[str, str]:
     """Parameter -> the parameter it shares, as transformers records them."""
     return getattr(module, "all_tied_weights_keys", None) or {}
 
 
-def _check(module: nn.Module, weights: Checkpoint) -> None:
+def check_fits(module: nn.Module, weights: Checkpoint, *, optional: Collection[str] = ()) -> None:
+    """Check that a checkpoint holds what the state dict of a module holds, but perhaps for `optional` names.
+
+    Raises:
+        ValueError: if keys are unknown or missing, or shapes differ.
+    """
     expected = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
-    tied = _tied(module)
-    missing = [name for name in expected if name not in weights.tensors and name not in tied]
+    may_miss = {*tied_names(module), *optional}
+    missing = [name for name in expected if name not in weights.tensors and name not in may_miss]
     unknown = [name for name in weights.tensors if name not in expected]
     wrong = [
         f"{name} {weights.shape(name)} instead of {expected[name]}"

@@ -7,9 +7,11 @@
 | file | subject |
 |---|---|
 | stream.py | `stream`, `unstream`, `streamed` |
+| adopt.py | `adopt`: weights from files straight to where they will live |
 | plan.py | what stays on the device and what streams, for a budget |
 | survey.py | the blocks of a module, and the rest |
 | state.py | a module that streams: placing weights, hooks, undoing both |
+| placing.py | weights to where they will live |
 | visits.py | what happens around the forward of a block |
 | ring.py | slots on the device, and which block comes next |
 | lanes.py | copies beside the work: a stream and events |
@@ -19,17 +21,20 @@
 | hooks.py | hooks below those of other programs |
 """
 
+from .adopt import adopt
 from .plan import BlockPlan, Source, StreamPlan, plan_stream
-from .stream import fetched_bytes, stream, streamed, unstream
+from .stream import fetched_bytes, rest, stream, streamed, unstream
 from .survey import find_blocks
 
 __all__ = [
     "BlockPlan",
     "Source",
     "StreamPlan",
+    "adopt",
     "fetched_bytes",
     "find_blocks",
     "plan_stream",
+    "rest",
     "stream",
     "streamed",
     "unstream",

@@ -1,8 +1,7 @@
 """The state of a module that streams: slabs, slots, hooks; how it is made and undone."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +18,18 @@ from .hooks import (
     remove,
 )
 from .lanes import Lane, lane_to
-from .layout import layout_of
 from .mapped import MappedFeeder
-from .memory import HostMemory, HostSlab, device_slab
+from .memory import device_slab
+from .placing import Progress, bring_home
 from .plan import Placement
 from .ring import Feeder, Ring, Slot, Unit
-from .survey import Group, Member, members_of
+from .survey import Member, members_of
 from .visits import Visits, release_adapters
 
 logger = logging.getLogger(__name__)
 
 STATE = "_diffusers_qwenimage_stream"
-WORKERS = 4  # blocks that are copied to pinned memory at a time
+Place = Callable[[Placement, torch.device, Progress], list[Unit]]
 
 
 class Streaming:
@@ -65,19 +64,31 @@ class Streaming:
         if self._visits is not None:
             self._visits.settle()
 
-    def start(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Place the weights and register the hooks; if that fails, the module is whole, on the CPU."""
-        started = False
+    def rest(self) -> None:
+        """Give the memory of the slots back until the next visit."""
+        self.settle()
+        if self._ring is not None:
+            self._ring.rest()
+
+    def start(self, place: Place, progress: Callable[[int, int], None] | None = None) -> None:
+        """Place the weights and register the hooks; if that fails, the module is whole, on the CPU.
+
+        Args:
+            place: puts the weights where they will live, and returns what streams.
+            progress: called with (bytes done, bytes in all).
+        """
+        plan, started = self.placement.plan, False
         try:
             self._reserve_slots()
+            total = plan.resident_bytes + plan.streamed_bytes
             with torch.no_grad():
-                self._place(Progress(progress, self._total_bytes()))
+                self._units = place(self.placement, self.device, Progress(progress, total))
             self._connect()
             started = True
         finally:
             if not started:
                 self.stop()
-                self._bring_home()
+                bring_home(self.placement)
         setattr(self._module, STATE, self)
 
     def stop(self) -> None:
@@ -101,88 +112,12 @@ class Streaming:
         self._module.__dict__.pop(STATE, None)
         _hooks_changed(self._module)
 
-    # --- placing ---
-
     def _reserve_slots(self) -> None:
         """First of all: what streams needs room on the device in any case."""
         sizes = [plan.streamed_bytes for plan in self.placement.plan.blocks]
         for _ in range(self.placement.plan.num_slots):
             memory = device_slab(max(sizes), self.device)
             self._slots.append(Slot(memory=memory, ready=self._lane.mark(), free=self._lane.mark()))
-
-    def _total_bytes(self) -> int:
-        plan = self.placement.plan
-        return plan.resident_bytes + plan.streamed_bytes
-
-    def _place(self, progress: "Progress") -> None:
-        parts = self.placement.survey
-        meta = next((m for g in self._all_groups() for m in g if m.tensor.is_meta), None)
-        if meta is not None:
-            raise ValueError(
-                f"{meta.key} is on the meta device: it has no values. Load the weights with `adopt`."
-            )
-        for group in parts.on_host:
-            for member in group:
-                member.tensor.data = member.tensor.data.cpu()
-        memory = HostMemory(self.device)
-        self._place_resident(parts.rest, progress)
-        blocks = zip(parts.blocks, self.placement.resident, self.placement.streamed, strict=True)
-        with ThreadPoolExecutor(WORKERS if self.device.type == "cuda" else 1) as pool:
-            jobs = []
-            for block, resident, streamed in blocks:
-                # A worker has its own streams: what it copies is complete when its future is.
-                jobs.append(pool.submit(self._place_streamed, block.name, streamed, memory, progress))
-                self._place_resident((*block.small, *resident), progress)
-            units = [job.result() for job in jobs]
-        self._units = [unit for unit in units if unit is not None]
-
-    def _all_groups(self) -> Iterator[Group]:
-        parts = self.placement.survey
-        yield from (*parts.rest, *parts.on_host)
-        for block in parts.blocks:
-            yield from (*block.small, *block.large)
-
-    def _place_resident(self, groups: Sequence[Group], progress: "Progress") -> None:
-        members = [member for group in groups for member in group]
-        plain = [member for member in members if type(member.tensor) in (Tensor, nn.Parameter)]
-        for member in members:
-            if member not in plain:  # tensors of other libraries look after themselves
-                member.owner.to(self.device)
-        layout = layout_of([[m.spec for m in group if m in plain] for group in groups])
-        views = layout.views(device_slab(layout.num_bytes, self.device))
-        for member, view in zip(plain, views, strict=True):
-            view.copy_(member.tensor.detach())
-            member.tensor.data = view
-        progress.add(layout.num_bytes)
-
-    def _place_streamed(
-        self, name: str, groups: Sequence[Group], memory: HostMemory, progress: "Progress"
-    ) -> Unit | None:
-        members = tuple(member for group in groups for member in group)
-        if not members:
-            return None
-        layout = layout_of([[member.spec for member in group] for group in groups])
-        slab: HostSlab | None = None
-        if self.placement.plan.source == "pinned":
-            slab = memory.slab(layout.num_bytes)
-            for member, view in zip(members, layout.views(slab.tensor), strict=True):
-                view.copy_(member.tensor.detach())
-            slab = memory.pin(slab)
-            homes = layout.views(slab.tensor)
-        else:
-            homes = [member.tensor.detach().cpu() for member in members]
-        for member, home in zip(members, homes, strict=True):
-            member.tensor.data = home
-        progress.add(layout.num_bytes)
-        return Unit(name=name, members=members, layout=layout, homes=homes, slab=slab)
-
-    def _bring_home(self) -> None:
-        for group in self._all_groups():
-            for member in group:
-                if not member.tensor.is_meta:
-                    member.tensor.data = member.tensor.data.cpu()
-
-    # --- hooks ---
 
     def _connect(self) -> None:
         parts = self.placement.survey
@@ -250,21 +185,6 @@ class Streaming:
 
         with torch.no_grad():
             bring(self._module)
-
-
-class Progress:
-    """Counts bytes and tells who wants to know."""
-
-    def __init__(self, tell: Callable[[int, int], None] | None, total: int) -> None:
-        self._tell = tell
-        self._total = total
-        self._done = 0
-
-    def add(self, num_bytes: int) -> None:
-        """So many more are done."""
-        self._done += num_bytes
-        if self._tell is not None:
-            self._tell(min(self._done, self._total), self._total)
 
 
 class _Enter:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from .placing import place_existing
 from .plan import Source, StreamPlan, make_plan
 from .state import Streaming, state_of
 
@@ -56,7 +57,7 @@ def stream(
         MemoryError, torch.OutOfMemoryError: if there is not enough memory; the module is whole then, on the
             CPU.
     """
-    target = _device(device)
+    target = device_of(device)
     before = state_of(module)
     if before is not None:
         before.settle()
@@ -71,7 +72,7 @@ def stream(
     )
     if before is not None:
         before.stop()
-    Streaming(module, placement, target).start(progress)
+    Streaming(module, placement, target).start(place_existing, progress)
     return placement.plan
 
 
@@ -89,13 +90,21 @@ def streamed(module: nn.Module) -> StreamPlan | None:
     return None if state is None else state.placement.plan
 
 
+def rest(module: nn.Module) -> None:
+    """Give the slots on the device back until the module is used again: other modules work meanwhile."""
+    state = state_of(module)
+    if state is not None:
+        state.rest()
+
+
 def fetched_bytes(module: nn.Module) -> int:
     """Bytes copied to the device for visits since `stream`; 0 if the module does not stream."""
     state = state_of(module)
     return 0 if state is None else state.fetched_bytes
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device with its index ("cuda" is the current GPU)."""
     found = torch.device(device)
     with_index = found.type != "cuda" or ":" in str(found)
     return found if with_index else torch.device("cuda", torch.cuda.current_device())
