@@ -5,7 +5,7 @@ L image tokens, T text tokens, D width, H heads, R regions of the image stream (
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from .kernels import backend
 from .rotary import rotate
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 EPSILON = 1e-6
 
@@ -37,6 +40,7 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.txt_mlp = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
         self.keep = "all"  # what a fused training step keeps for its backward pass: fused_training.Keep
+        self.plan: Plan | None = None  # of the fused path, as it was made last
 
     def forward(
         self,
@@ -66,13 +70,18 @@ class QwenImageTransformerBlock(nn.Module):
         Returns:
             The text stream and the image stream, in this order, as in diffusers.
         """
+        if callable(hidden_states):  # a backward pass that needs what the hooks on this block bring
+            result: tuple[Tensor, Tensor] = hidden_states()
+            return result
         image, text = hidden_states, encoder_hidden_states
-        if (
-            torch.is_grad_enabled()
-            and modulation is None
-            and not joint_attention_kwargs
-            and image_rotary_emb is not None
-            and self._is_trained_fused(image, text, encoder_hidden_states_mask, temb)
+        if torch.is_grad_enabled() and self.is_trained_fused(
+            image,
+            text,
+            encoder_hidden_states_mask,
+            temb,
+            image_rotary_emb,
+            joint_attention_kwargs,
+            modulation,
         ):
             from .fused_training import Keep, trained_block  # here, since it imports Triton
 
@@ -88,16 +97,15 @@ class QwenImageTransformerBlock(nn.Module):
             return text, image
         if modulation is None:
             modulation = self.modulation_of(temb if temb.ndim == 3 else temb[:, None])
-        if (
-            not torch.compiler.is_compiling()
-            and not joint_attention_kwargs
-            and image_rotary_emb is not None
-            and self._is_fused(image, text, modulation)
-        ):
+        plan = None
+        if not (torch.compiler.is_compiling() or joint_attention_kwargs or image_rotary_emb is None):
+            plan = self._plan_now(image, text, modulation)
+        if plan is not None:
             from .fused import fused_block  # here, since it imports Triton
 
             image, text = fused_block(
                 self,
+                plan,
                 image,
                 text,
                 text_mask=encoder_hidden_states_mask,
@@ -136,30 +144,36 @@ class QwenImageTransformerBlock(nn.Module):
         """Modulation of the image stream [B, R, 6 D] and of the text stream [B, 6 D]."""
         return self.img_mod(regions_BRD), self.txt_mod(regions_BRD[:, 0])
 
-    def _is_fused(self, image: Tensor, text: Tensor, modulation: tuple[Tensor, Tensor]) -> bool:
-        """Whether this call takes the fused path; the first time, its weights are laid out for it."""
+    def _plan_now(self, image: Tensor, text: Tensor, modulation: tuple[Tensor, Tensor]) -> "Plan | None":
+        """How this call takes the fused path; None if it takes the plain one."""
         if backend(image.device).name == "off" or type(self.attn.processor) is not QwenImageAttnProcessor:
-            return False
-        from .fused import why_not
-        from .projections import fuse_
+            return None
+        from .fused import plan_of
 
-        if why_not(self, image, text, modulation) is not None:
-            return False
-        if not self.attn.is_laid_out:
-            fuse_(self.attn)
-            self.attn.is_laid_out = True
-        return True
+        return plan_of(self, image, text, modulation)
 
-    def _is_trained_fused(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor) -> bool:
-        """Whether this call, with gradients, takes the fused training path."""
-        if torch.compiler.is_compiling() or backend(image.device).name == "off":
+    def is_trained_fused(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulation: tuple[Tensor, Tensor] | None = None,
+        *rest: Any,
+    ) -> bool:
+        """Whether `forward` with these arguments and with gradients takes the fused training path."""
+        if torch.compiler.is_compiling() or backend(hidden_states.device).name == "off":
+            return False
+        if modulation is not None or joint_attention_kwargs or image_rotary_emb is None:
             return False
         if type(self.attn.processor) is not QwenImageAttnProcessor:
             return False
         from .fused_training import why_not_trained
         from .projections import fuse_
 
-        if why_not_trained(self, image, text, mask, temb) is not None:
+        if why_not_trained(self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb):
             return False
         if not self.attn.is_laid_out:
             fuse_(self.attn)

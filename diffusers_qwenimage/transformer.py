@@ -319,7 +319,8 @@ class QwenImageTransformer2DModel(
         # A hook that moves weights just in time (accelerate, group offload) moves the whole block.
         if first.attn.to_add_out.weight.device != device:
             return False
-        return next(first.img_mod.parameters()).device != device
+        weight = next(first.img_mod.parameters(), None)
+        return weight is not None and weight.device != device
 
     @classmethod
     def from_single_file(

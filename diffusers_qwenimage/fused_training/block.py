@@ -8,12 +8,12 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffusers_qwenimage.projections import is_hooked, is_idle_dropout, is_plain_feed_forward
+from diffusers_qwenimage.hooked import is_hooked, is_idle_dropout, is_plain_feed_forward
 
 from .backward import block_gradients
-from .forward import attend_, attention_out_, complete_, inputs_of, kept_of, mlp_, start_values
+from .forward import attend_, attention_out_, complete_, inputs_of, kept_of, mlp_, move_inputs_, start_values
 from .linear import Factors, Layer, Three, find_layer
-from .values import Call, Keep, Stream, samples_of, streams_of
+from .values import Call, Keep, Stream, Values, samples_of, streams_of
 
 _NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 _HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -88,10 +88,12 @@ class _Block(torch.autograd.Function):
         for stream, part, rows in streams_of(call, values):
             attention_out_(stream, part, values, rows, factors)
             results.append(mlp_(stream, part, rows, factors, lean=lean))
-        if call.keep is Keep.NOTHING:
+        if call.keep in (Keep.NOTHING, Keep.HOST):
             values = inputs_of(values)
         elif call.keep is Keep.ATTENTION:
             values = kept_of(values)
+        if call.keep is Keep.HOST:
+            move_inputs_(values, torch.device("cpu"))
         ctx.values = values
         return results[0], results[1]
 
@@ -100,11 +102,28 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad_image: Tensor | None, grad_text: Tensor | None) -> tuple[Tensor | None, ...]:
         call, values = ctx.call, ctx.values
         ctx.values = None  # autograd keeps this node until the whole graph is gone
-        factors = Factors(call.trained, values.image.x.dtype)
-        complete_(call, values, factors, needs_text=grad_text is not None)
         needed = ctx.needs_input_grad[1:3]
-        gradients = block_gradients(call, values, factors, (grad_image, grad_text), needed)
-        return None, *gradients, *factors.gradients()
+
+        def work() -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                return None, *_backward(call, values, (grad_image, grad_text), needed)
+
+        if not is_hooked(call.block):
+            return work()
+        with torch.enable_grad():  # tells hooks that stream weights in which direction to look ahead
+            result: tuple[Tensor | None, ...] = call.block(work, None, None, None, None)
+            return result
+
+
+def _backward(
+    call: Call, values: Values, grads: tuple[Tensor | None, Tensor | None], needed: tuple[bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of the streams and of the LoRA's weights."""
+    if call.keep is Keep.HOST:
+        move_inputs_(values, call.temb.device)
+    factors = Factors(call.trained, values.image.x.dtype)
+    complete_(call, values, factors, needs_text=grads[1] is not None)
+    return [*block_gradients(call, values, factors, grads, needed), *factors.gradients()]
 
 
 def _linear_modules(block: Any) -> list[nn.Module]:
@@ -153,8 +172,9 @@ def open_call(
     assert len(layers) == len(found)
     batch, num_image, _ = image_BLD.shape
     return Call(
-        image=_stream(layers[:7], attn.norm_q.weight.detach(), attn.norm_k.weight.detach()),
-        text=_stream(layers[7:], attn.norm_added_q.weight.detach(), attn.norm_added_k.weight.detach()),
+        block=block,
+        image=_stream(layers[:7], attn.norm_q.weight, attn.norm_k.weight),
+        text=_stream(layers[7:], attn.norm_added_q.weight, attn.norm_added_k.weight),
         heads=attn.heads,
         samples=samples_of(batch, num_image, text_lengths or (text_BTD.shape[1],) * batch),
         temb=temb.detach(),

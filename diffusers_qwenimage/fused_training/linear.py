@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.projections import is_hooked, is_idle_dropout, joined
+from diffusers_qwenimage.hooked import is_hooked, is_idle_dropout
+from diffusers_qwenimage.projections import joined
 
 
 class Factors:

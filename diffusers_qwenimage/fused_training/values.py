@@ -24,6 +24,7 @@ class Keep(Enum):
     ALL = "all"
     ATTENTION = "attention"  # and the results of the MLPs: a third of the products need not be repeated
     NOTHING = "nothing"
+    HOST = "host"  # nothing, and the inputs are moved to host memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class Call:
     """One call of a block, without its streams.
 
     Attributes:
+        block: the block, through which its hooks are reached.
         image, text: layers of the streams.
         heads: H.
         samples: where tokens are.
@@ -64,6 +66,7 @@ class Call:
         trained: the LoRA's weights, in the order that the operation takes them.
     """
 
+    block: nn.Module
     image: Stream
     text: Stream
     heads: int

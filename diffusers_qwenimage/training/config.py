@@ -210,6 +210,23 @@ class TrainConfig:
     use_gradient_checkpointing_offload: bool = False
     """The same, and keep the inputs of the blocks in CPU memory."""
 
+    gradient_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """What blocks compute again in the backward pass: none; selective: all but attention and the end of the
+    MLP, whose results take little memory; full: everything, as use_gradient_checkpointing; auto: block by
+    block as little as the free memory allows."""
+
+    base_weights: Literal["plain", "fp8", "int8", "fp8-storage"] = "plain"
+    """How the frozen weights of the dit's blocks are kept under a LoRA: as they are, or in 8 bits with scales
+    (half the memory). fp8 and int8 compute in 8 bits where the device can, fp8-storage does not."""
+
+    vram_limit: float | None = None
+    """GB (2^30 bytes) of device memory for the run. Frozen weights that do not fit are streamed from host
+    memory block by block; only for a LoRA."""
+
+    modulation_table: bool = True
+    """Compute the frozen modulation of the dit once per timestep and keep it in host memory, instead of a
+    third of the weights on the device. Same results."""
+
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up for one optimizer step."""
 
@@ -254,9 +271,11 @@ class TrainConfig:
         return comma_list(self.lora_base_model or self.trainable_models or "")
 
     @property
-    def checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass."""
-        return self.use_gradient_checkpointing or self.use_gradient_checkpointing_offload
+    def checkpointing(self) -> str:
+        """What blocks compute again in the backward pass: as `gradient_checkpointing`, or "offload"."""
+        if self.use_gradient_checkpointing_offload:
+            return "offload"
+        return "full" if self.use_gradient_checkpointing else self.gradient_checkpointing
 
     def check(self) -> None:
         """Refuse options that are out of range or contradict each other.
@@ -295,7 +314,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "logit_std", "min_snr_gamma", "lora_alpha"):
+        for name in ("learning_rate", "logit_std", "min_snr_gamma", "lora_alpha", "vram_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value}.")
@@ -319,6 +338,11 @@ class TrainConfig:
         if unknown or not self.trained_models:
             raise ValueError(f"Unknown model {', '.join(unknown)!r}; there are {', '.join(MODELS)}.")
         if not self.is_lora:
+            if self.base_weights != "plain" or self.vram_limit is not None:
+                raise ValueError(
+                    "base_weights and vram_limit are for the frozen weights under a LoRA; training whole models "
+                    "has none."
+                )
             if self.align_to_opensource_format or self.lora_format:
                 raise ValueError(
                     "align_to_opensource_format and lora_format are for a LoRA; trainable_models saves whole "

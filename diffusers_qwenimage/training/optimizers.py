@@ -53,6 +53,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
     """
     found, arguments = find_optimizer(config)
     make: Any = found
+    if found is torch.optim.AdamW and parameters[0].is_cuda and "foreach" not in arguments:
+        arguments = {"fused": True, **arguments}  # one pass over weights, gradients and states
     try:
         optimizer: torch.optim.Optimizer = make(parameters, **{"lr": config.learning_rate, **arguments})
     except TypeError as error:

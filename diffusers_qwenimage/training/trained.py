@@ -5,7 +5,7 @@ their weights to the type of their input, whole models run under autocast.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +23,13 @@ from diffusers_qwenimage.lora.convert import write_rendered
 from diffusers_qwenimage.lora.read import read_state_dict
 from diffusers_qwenimage.lora.render import Options, render
 from diffusers_qwenimage.lora.targets import Target, find_target
+from diffusers_qwenimage.offload import stream
+from diffusers_qwenimage.quantize import quantize_
 
 from .config import TrainConfig, comma_list
+from .memory import RESERVE, plan_keep, unit_bytes, weights_budget
 from .models import COMPONENTS, ModelFiles
+from .modulation import ModulationRows, can_tabulate
 from .randomness import Stream, seed_for
 
 ADAPTER_NAME = "default"
@@ -40,33 +44,84 @@ class TrainedModels:
     Attributes:
         modules: by name: dit (always, also if only another model is trained), text_encoder, vae.
         parameters: what is trained, by model and name.
+        modulation: the table of the dit's modulation, if it is used.
     """
 
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
+    modulation: ModulationRows | None
 
 
-def load_trained(config: TrainConfig, files: ModelFiles, device: torch.device) -> TrainedModels:
-    """Load the dit and all models that are trained, and make the trained weights trainable."""
+def load_trained(
+    config: TrainConfig, files: ModelFiles, device: torch.device, sizes: Sequence[tuple[int, int]]
+) -> TrainedModels:
+    """Load the dit and all models that are trained, and make the trained weights trainable.
+
+    Args:
+        config: what is trained.
+        files: the models.
+        device: where they go.
+        sizes: of the pictures (width, height): decides how much memory activations take.
+
+    Raises:
+        ValueError: if they do not fit within `vram_limit`.
+    """
     trained_dtype, dtype = DTYPES[config.trainable_dtype], DTYPES[config.dtype]
     modules: dict[str, nn.Module] = {}
+    modulation = None
     for name in dict.fromkeys(("dit", *config.trained_models)):
         full = not config.is_lora and name in config.trained_models
-        modules[name] = files.load(COMPONENTS[name], trained_dtype if full else dtype, device)
         if full:
+            modules[name] = files.load(COMPONENTS[name], trained_dtype, device)
             copy_mapped_(modules[name])
             modules[name].requires_grad_(True).train()
-    if config.is_lora:
-        add_adapter_(modules["dit"], config, trained_dtype)
-    if config.checkpointing:
-        enable_checkpointing_(modules["dit"], offload=config.use_gradient_checkpointing_offload)
+        elif name == "dit" and config.is_lora:
+            modules[name] = files.load(COMPONENTS[name], dtype, torch.device("cpu"))
+            add_adapter_(modules[name], config, trained_dtype)
+            modulation = place_base_(modules[name], config, device, sizes)
+        else:
+            modules[name] = files.load(COMPONENTS[name], dtype, device)
     parameters = {
         f"{name}.{key}": parameter
         for name, module in modules.items()
         for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    return TrainedModels(modules=modules, parameters=parameters)
+    enable_checkpointing_(modules["dit"], config, sizes, device)
+    return TrainedModels(modules=modules, parameters=parameters, modulation=modulation)
+
+
+def place_base_(
+    transformer: Any, config: TrainConfig, device: torch.device, sizes: Sequence[tuple[int, int]]
+) -> ModulationRows | None:
+    """Bring a transformer with its adapter from host memory to the device: table, 8 bits, streaming.
+
+    Returns:
+        The table of the modulation, if it is used.
+    """
+    modulation = None
+    if config.modulation_table and can_tabulate(transformer):
+        modulation = ModulationRows(transformer, dtype=DTYPES[config.dtype], device=device)
+    if config.base_weights != "plain":
+        for block in transformer.transformer_blocks:
+            quantize_(block.to(device), config.base_weights)
+            if config.vram_limit is not None:
+                block.to("cpu")
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    limit = None if config.vram_limit is None else int(config.vram_limit * 2**30)
+    if limit is not None:
+        budget = weights_budget(
+            limit,
+            mode=config.checkpointing,
+            num_blocks=len(transformer.transformer_blocks),
+            unit=unit_bytes(transformer, sizes, config.batch_size, DTYPES[config.dtype]),
+            trained_bytes=_num_bytes(trained),
+        )
+        if _num_bytes(transformer.parameters()) - _num_bytes(trained) > budget:
+            stream(transformer, device=device, vram_limit=budget, on_call=())
+            return modulation
+    transformer.to(device)
+    return modulation
 
 
 def add_adapter_(transformer: Any, config: TrainConfig, dtype: torch.dtype) -> None:
@@ -97,17 +152,47 @@ def add_adapter_(transformer: Any, config: TrainConfig, dtype: torch.dtype) -> N
             _compute_in_input_dtype_(module)
 
 
-def enable_checkpointing_(transformer: Any, *, offload: bool) -> None:
-    """Compute blocks again in the backward pass; `offload` keeps their inputs in CPU memory."""
-    if not offload:
-        transformer.enable_gradient_checkpointing()
+def enable_checkpointing_(
+    transformer: Any, config: TrainConfig, sizes: Sequence[tuple[int, int]], device: torch.device
+) -> None:
+    """Choose what each block keeps for its backward pass, and compute the rest again.
+
+    Blocks on the fused path look after that themselves (`fused_training.Keep`); others are wrapped in torch's
+    checkpoint unless they keep everything.
+    """
+    mode = config.checkpointing
+    blocks = transformer.transformer_blocks
+    unit = unit_bytes(transformer, sizes, config.batch_size, DTYPES[config.dtype])
+    free = _free_bytes(transformer, config, device) if mode == "auto" else None
+    keep = plan_keep(mode, num_blocks=len(blocks), unit_bytes=unit, free_bytes=free)
+    for block, kept in zip(blocks, keep, strict=True):
+        block.keep = kept
+    if mode == "none":
         return
 
-    def offloaded(block: Any, *arguments: Any) -> Any:
-        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+    def checkpointed(block: Any, *arguments: Any) -> Any:
+        if block.keep == "all" or block.is_trained_fused(*arguments):
+            return block(*arguments)
+        on_host = save_on_cpu(pin_memory=torch.cuda.is_available()) if mode == "offload" else nullcontext()
+        with on_host:
             return checkpoint(block, *arguments, use_reentrant=False)
 
-    transformer.enable_gradient_checkpointing(offloaded)
+    transformer.enable_gradient_checkpointing(checkpointed)
+
+
+def _free_bytes(transformer: Any, config: TrainConfig, device: torch.device) -> int | None:
+    """Device memory that activations may fill."""
+    if device.type != "cuda":
+        return None
+    free = torch.cuda.mem_get_info(device)[0]
+    if config.vram_limit is not None:
+        free = min(free, int(config.vram_limit * 2**30) - torch.cuda.memory_allocated(device))
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    return free - 3 * _num_bytes(trained) - RESERVE
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def compute_context(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:

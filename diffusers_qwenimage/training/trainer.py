@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .cache import Encoders, TensorCache
 from .checkpoints import State, bytes_of, check_space, find_start, load_state, save_state
-from .config import TrainConfig, comma_list
+from .config import SIDE, TrainConfig, comma_list
 from .data import BadImage, Sample, inspect_rows
 from .guard import Guard
 from .hashing import digest_of
@@ -46,6 +46,7 @@ from .validation import Validation
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 EMA_PREFIX = "ema."
+MODULATION_STEPS = 256  # for so many steps at a time the modulation is tabulated
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -137,6 +138,7 @@ class Trainer:
             self.encoders.release()
         self._prepare_models()
         done = 0 if state is None else self._restore(state)
+        self.first_step = done
         log = RunLog(self.output, done=done) if self.accelerator.is_main_process else None
         self._start_trackers()
         if done == 0:
@@ -174,6 +176,7 @@ class Trainer:
             group["lr"] = rate
         total = torch.zeros((), device=self.accelerator.device)
         names: list[str] = []
+        self._prepare_modulation(step)
         for micro in range(self.config.gradient_accumulation_steps):
             slots = self.plan.batch(step, micro, self.accelerator.process_index)
             with self.accelerator.accumulate(*self.modules.values()):
@@ -183,8 +186,8 @@ class Trainer:
             names += used
         facts = torch.stack([total, torch.full_like(total, float(self.stop.received))])
         facts = self.accelerator.reduce(facts, reduction="mean")
-        mean_loss, stopping = facts.tolist()
-        norm = self._clip()
+        # The one place in a step that waits for the device.
+        mean_loss, stopping, norm = torch.cat([facts, self._clip().to(facts)[None]]).tolist()
         reason = self.guard.judge(mean_loss, norm)
         if reason:
             logger.warning("Step %d is skipped for %s; samples: %s.", step + 1, reason, ", ".join(names))
@@ -213,7 +216,10 @@ class Trainer:
         clean = torch.stack([latents.to(device) for latents in loaded]).float()
         texts = [self.captions.text(s.caption, slot.counter) for s, slot in zip(samples, slots, strict=True)]
         draws = [generator(self.config.seed, Stream.NOISE, slot.counter) for slot in slots]
-        sigma = torch.cat([self.objective.draw_sigma(clean.shape[1], draw) for draw in draws]).to(device)
+        sigma = torch.cat([self._sigma(slot, draw) for slot, draw in zip(slots, draws, strict=True)])
+        if self.trained.modulation:
+            self.trained.modulation.select(sigma)
+        sigma = sigma.to(device)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(device)
         torch.manual_seed(seed_for(self.config.seed, Stream.DROPOUT, slots[0].counter))
         with compute_context(self.config, device):
@@ -252,10 +258,33 @@ class Trainer:
             return self.encoders.encode_text_with_gradients(text)
         return self.encoders.embeds(text)
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""
         limit = self.config.max_grad_norm or float("inf")
-        return float(self.accelerator.clip_grad_norm_(list(self.trained.parameters.values()), limit))
+        norm: Tensor = self.accelerator.clip_grad_norm_(list(self.trained.parameters.values()), limit)
+        return norm
+
+    def _prepare_modulation(self, step: int) -> None:
+        """From time to time, compute the modulation for the sigmas of the steps to come."""
+        table = self.trained.modulation
+        if table is None or (step - self.first_step) % MODULATION_STEPS:
+            return
+        rank = self.accelerator.process_index
+        slots = [
+            slot
+            for later in range(step, min(step + MODULATION_STEPS, self.num_steps))
+            for micro in range(self.config.gradient_accumulation_steps)
+            for slot in self.plan.batch(later, micro, rank)
+        ]
+        sigmas = [
+            self._sigma(slot, generator(self.config.seed, Stream.NOISE, slot.counter)) for slot in slots
+        ]
+        table.prepare(torch.cat(sigmas))
+
+    def _sigma(self, slot: Slot, draw: torch.Generator) -> Tensor:
+        """The noise level of a sample, [1]: the first number that is drawn for it."""
+        width, height = self.samples[slot.index].size
+        return self.objective.draw_sigma(width * height // SIDE**2, draw)
 
     # --- set-up ---
 
@@ -280,7 +309,8 @@ class Trainer:
         return float(self.accelerator.reduce(flag, reduction="sum")) > 0
 
     def _prepare_models(self) -> None:
-        self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device)
+        sizes = list(dict.fromkeys(sample.size for sample in self.samples))
+        self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device, sizes)
         self.objective = Objective(config=self.config, scheduler_config=self.files.load_scheduler().config)
         for name in ("vae", "text_encoder"):
             if name in self.trained.modules:
