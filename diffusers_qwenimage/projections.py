@@ -1,24 +1,24 @@
 """Linear modules applied to tokens and written into given memory, whatever hangs on them.
 
 A plain `nn.Linear` is one matrix product. A LoRA of PEFT is that product and two thin ones, added in place.
-Everything else (other adapters, quantised layers, hooks that move or watch weights) is called as a module,
-and its result copied. `fuse_` lays the weights of queries, keys and values behind each other in one storage,
-so that the three are one matrix product; the modules, their keys and their values stay as they are.
+A layer of 8 bits (quantize/) quantises its inputs first. Everything else (other adapters, hooks that move or
+watch weights) is called as a module, and its result copied. `fuse_` lays the weights of queries, keys and
+values behind each other in one storage, so that the three are one matrix product; the modules, their keys and
+their values stay as they are.
 
 Shapes: N tokens, I inputs, O outputs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
-from .kernels.matmul import linear_gelu, linear_into
+from .hooked import is_hooked, is_idle_dropout
+from .kernels.matmul import linear_into
+from .quantize.layers import QuantizedLinear, quantized_linear
 
 GROUPS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 
@@ -40,11 +40,19 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenLinear:
-    """What a linear module computes, as tensors."""
+    """What a linear module computes, as tensors.
+
+    Attributes:
+        weight: [O, I], in 8 bits if the layer is quantised.
+        bias: [O]
+        updates: of LoRAs.
+        quantized: the layer whose weight and bias these are, if it is quantised.
+    """
 
     weight: Tensor
     bias: Tensor | None
     updates: list[LowRank] = field(default_factory=list)
+    quantized: QuantizedLinear | None = None
 
 
 def fuse_(module: nn.Module) -> int:
@@ -117,47 +125,6 @@ def project_three_into(out: Tensor, x: Tensor, modules: Sequence[nn.Module]) -> 
             column.addmm_(next(parts), update.up.t(), alpha=update.scale)
 
 
-def feed_forward(x: Tensor, module: FeedForward) -> Tensor:
-    """The MLP with GELU of `x` [N, D]; see `is_plain_feed_forward`."""
-    first, _, down = module.net
-    up = cast(GELU, first).proj
-    opened = open_linear(up, x)
-    if opened is None or opened.updates or opened.bias is None:
-        hidden = gelu(project(x, up), approximate="tanh")
-    else:
-        hidden = linear_gelu(x, opened.weight, opened.bias)
-    return project(hidden, down)
-
-
-def is_plain_feed_forward(module: nn.Module) -> bool:
-    """Whether `feed_forward` computes what this module does."""
-    if type(module) is not FeedForward or is_hooked(module):
-        return False
-    first, dropout, *rest = cast(nn.ModuleList, module.net)
-    if len(rest) != 1:
-        return False
-    if type(first) is not GELU or first.approximate != "tanh" or is_hooked(first):
-        return False
-    return is_idle_dropout(dropout)
-
-
-def is_idle_dropout(module: nn.Module) -> bool:
-    """Whether the module passes on what it gets."""
-    if is_hooked(module):
-        return False
-    return type(module) is nn.Identity or (
-        type(module) is nn.Dropout and (module.p == 0 or not module.training)
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something runs around the module's forward, or instead of it."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    forward = module.__dict__.get("forward")  # how accelerate and diffusers hook
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
 def open_linear(module: nn.Module, x: Tensor) -> OpenLinear | None:
     """The tensors of a linear module that can multiply `x`; None if the module must be called."""
     if is_hooked(module):
@@ -167,6 +134,9 @@ def open_linear(module: nn.Module, x: Tensor) -> OpenLinear | None:
         if type(weight) is not nn.Parameter or weight.dtype != x.dtype or weight.device != x.device:
             return None
         return OpenLinear(weight=weight, bias=module.bias)
+    if type(module) is QuantizedLinear:
+        same_device = module.weight.device == x.device
+        return OpenLinear(weight=module.weight, bias=module.bias, quantized=module) if same_device else None
     if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
         return _open_lora(module, x)
     return None
@@ -188,11 +158,16 @@ def _open_lora(module: Any, x: Tensor) -> OpenLinear | None:
         if not is_idle_dropout(module.lora_dropout[name]):
             return None
         updates.append(LowRank(down=down.weight, up=up.weight, scale=module.scaling[name]))
-    return OpenLinear(weight=base.weight, bias=base.bias, updates=updates)
+    return OpenLinear(weight=base.weight, bias=base.bias, updates=updates, quantized=base.quantized)
 
 
 def _write(out: Tensor, x: Tensor, opened: OpenLinear) -> None:
-    linear_into(out, x, opened.weight, opened.bias)
+    if opened.quantized is None:
+        linear_into(out, x, opened.weight, opened.bias)
+    elif out.is_contiguous():
+        quantized_linear(x, opened.quantized, out)
+    else:
+        out.copy_(quantized_linear(x, opened.quantized))
     for update in opened.updates:
         out.addmm_(x @ update.down.t(), update.up.t(), alpha=update.scale)
 
@@ -203,7 +178,9 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _together(layers: Sequence[OpenLinear]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of several layers as one, if they share a storage."""
+    """Weight and bias of several layers as one, if they share a storage and are not quantised."""
+    if any(layer.quantized for layer in layers):
+        return None
     weight = joined([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if weight is None or len(biases) not in (0, len(layers)):
@@ -217,22 +194,22 @@ def _together(layers: Sequence[OpenLinear]) -> tuple[Tensor, Tensor | None] | No
 @torch.no_grad()
 def _fuse_group(modules: Sequence[nn.Module]) -> bool:
     layers: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-    if any(type(layer) is not nn.Linear or is_hooked(layer) for layer in layers):
+    kinds = {(type(layer), getattr(layer, "kind", None)) for layer in layers}
+    if len(kinds) > 1 or type(layers[0]) not in (nn.Linear, QuantizedLinear) or any(map(is_hooked, layers)):
         return False
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if any(bias is None for bias in biases):
         biases = [] if all(bias is None for bias in biases) else [None]
-    for tensors in (weights, biases):
-        if not all(type(tensor) is nn.Parameter for tensor in tensors):
-            return False
+    scales = [layer.weight_scale for layer in layers] if type(layers[0]) is QuantizedLinear else []
+    if not all(type(tensor) is nn.Parameter for tensor in weights + biases) or weights[0].is_meta:
+        return False
+    for tensors in (weights, biases, scales):
         if len({(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}) > 1:
             return False
         if any(tensor.requires_grad for tensor in tensors):  # an optimiser may own their memory
             return False
-    if weights[0].is_meta:
-        return False
     with torch.inference_mode(False):
-        for tensors in (weights, biases):
+        for tensors in (weights, biases, scales):
             if tensors and joined(tensors) is None:
                 parts = torch.cat([tensor.detach() for tensor in tensors]).split(
                     [tensor.shape[0] for tensor in tensors]

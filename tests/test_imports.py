@@ -13,6 +13,10 @@ LAYERS = [
     {
         "block",
         "fused",
+        "hooked",
+        "fused_training",
+        "plan",
+        "streams",
         "projections",
         "loading",
         "transformer",

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import diffusers_qwenimage
-from diffusers_qwenimage import projections
+from diffusers_qwenimage import plan, projections
+from diffusers_qwenimage.hooked import is_hooked, is_plain_feed_forward
 from diffusers_qwenimage.kernels import use_backend
 
 ROUNDING = 1e-6  # fp32 sums in another order
@@ -221,13 +222,17 @@ def test_weights_of_another_type_are_left_to_the_module():
 def test_feed_forward():
     torch.manual_seed(0)
     module, x = FeedForward(48, activation_fn="gelu-approximate").to(DEVICE).eval(), random(5, 48)
-    assert projections.is_plain_feed_forward(module)
+
+    def mlp():
+        return plan.Mlp(module, x.device)(x, x.dtype, triton=False)
+
+    assert is_plain_feed_forward(module)
     with torch.no_grad():
-        assert relative(projections.feed_forward(x, module), module(x)) < ROUNDING
+        assert relative(mlp(), module(x)) < ROUNDING
         module.net[0].proj = lora(module.net[0].proj)
         module.net[2] = lora(module.net[2])
-        assert projections.is_plain_feed_forward(module)
-        assert relative(projections.feed_forward(x, module), module(x)) < ROUNDING
+        assert is_plain_feed_forward(module)
+        assert relative(mlp(), module(x)) < ROUNDING
     for other in (
         FeedForward(48, activation_fn="gelu"),
         FeedForward(48, activation_fn="geglu"),
@@ -235,14 +240,14 @@ def test_feed_forward():
         FeedForward(48, activation_fn="gelu-approximate", dropout=0.1).train(),
         nn.Linear(48, 48),
     ):
-        assert not projections.is_plain_feed_forward(other)
+        assert not is_plain_feed_forward(other)
 
 
 def test_hooks_that_were_removed_are_no_hooks():
     linear = hooked()
-    assert projections.is_hooked(linear)
+    assert is_hooked(linear)
     HookRegistry.check_if_exists_or_initialize(linear).remove_hook("doubled")
-    assert not projections.is_hooked(linear)
+    assert not is_hooked(linear)
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "100KB"])

@@ -38,13 +38,18 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor, *, triton: bool) -> Tensor:
+    """`linear_gelu` without gradients; `triton`: whether the backend of the device is that."""
     half = x.dtype in (torch.bfloat16, torch.float16)  # the library's tanh is too coarse for fp32
-    if not half or x.device.type != "cuda" or backend(x.device).name != "triton":
+    if not half or not triton or not x.is_cuda:
         return linear_gelu_reference(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     result: Tensor = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
-    return result.view(*x.shape[:-1], -1)
+    return result if x.ndim == 2 else result.view(*x.shape[:-1], -1)
+
+
+def _linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear_gelu_now(x, weight, bias, triton=backend(x.device).name == "triton")
 
 
 # 3. Public

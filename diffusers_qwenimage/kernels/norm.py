@@ -7,18 +7,25 @@ in fp32 inside, so that only x' and h are rounded, where separate operations rou
 
 Shapes: N tokens, D width, M modulations. x and y are [..., D] with N tokens in all; gate, scale and shift are
 [M, D], rows of any stride; `index` [N], int32, says which modulation a token has, and is None if M = 1.
+The modulation of a block is the six of them side by side, [M, 6 D]: shift, scale, gate of attention, then of
+the MLP. h can come in 8 bits, with a scale per token, for the product that follows (quantized.py).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, power_of_2
+from .rows import LIMITS, Rows, Target, quantize_rows_reference
 
 if triton_is_installed():
     import triton
     import triton.language as tl
+
+    from .quantized import quantize_row
 
 EPSILON = 1e-6
 
@@ -65,7 +72,7 @@ def _per_token(parameter_MD: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
 
 if triton_is_installed():
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["eps"])
     def _kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         y_ptr,
@@ -75,15 +82,16 @@ if triton_is_installed():
         index_ptr,
         total_ptr,
         h_ptr,
-        gate_stride,
-        scale_stride,
-        shift_stride,
+        row_scale_ptr,
         eps,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
+        STRIDE: tl.constexpr,  # elements between two rows of gate, scale and shift
         HAS_GATE: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_INDEX: tl.constexpr,
+        LIMIT: tl.constexpr,  # largest value of 8 bits, 0 if h is not quantised
+        ROTATION: tl.constexpr,
     ):
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
@@ -94,7 +102,7 @@ if triton_is_installed():
         x = tl.load(x_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATE:
             y = tl.load(y_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + which * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
             total = (x + gate * y).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + token * D + column, total, mask=inside)
             x = total.to(tl.float32)
@@ -102,10 +110,17 @@ if triton_is_installed():
             mean = tl.sum(x, 0) / D
             centred = tl.where(inside, x - mean, 0.0)
             inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-            scale = tl.load(scale_ptr + which * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + which * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+            shift = tl.load(shift_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
             h = centred * inverse * (1.0 + scale) + shift
-            tl.store(h_ptr + token * D + column, h.to(h_ptr.dtype.element_ty), mask=inside)
+            if LIMIT == 0:
+                tl.store(h_ptr + token * D + column, h.to(h_ptr.dtype.element_ty), mask=inside)
+            else:
+                values, row_scale = quantize_row(h, LIMIT, BLOCK, ROTATION)
+                tl.store(h_ptr + token * D + column, values.to(h_ptr.dtype.element_ty), mask=inside)
+                tl.store(row_scale_ptr + token, row_scale)
+
+    _run = Launcher(_kernel)
 
 
 def _launch(
@@ -118,45 +133,61 @@ def _launch(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; what is not asked for comes back as `x`."""
-    width = x.shape[-1]
-    x = x.contiguous()
-    y = x if y is None else y.contiguous()
-    gate, scale, shift = (None if p is None else _rows(p) for p in (gate, scale, shift))
-    some = scale if gate is None else gate
+    some = gate if scale is None else scale
     assert some is not None
-    total = x if gate is None else torch.empty_like(x)
-    h = x if scale is None else torch.empty_like(x)
-    num_tokens = x.numel() // width
-    if num_tokens == 0:
-        return total, h
-    block = triton.next_power_of_2(width)
-    gate_rows, scale_rows, shift_rows = (some if p is None else p for p in (gate, scale, shift))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _kernel[(num_tokens,)](
-            x,
-            y,
-            gate_rows,
-            scale_rows,
-            shift_rows,
-            x if index is None else index,
-            total,
-            h,
-            gate_rows.stride(0),
-            scale_rows.stride(0),
-            shift_rows.stride(0),
-            eps,
-            D=width,
-            BLOCK=block,
-            HAS_GATE=gate is not None,
-            HAS_NORM=scale is not None,
-            HAS_INDEX=index is not None,
-            num_warps=min(max(block // 512, 1), 16),
-        )
+    rows = [some if part is None else part for part in (gate, scale, shift)]
+    if len({row.stride() for row in rows}) > 1 or some.stride(-1) != 1:
+        rows = [row.contiguous() for row in rows]
+    total, h, _ = _launch_rows(
+        x, y, rows, (0, 0, 0), rows[0].stride(0), index, eps, gate is not None, scale is not None, None
+    )
     return total, h
 
 
-def _rows(parameter_MD: Tensor) -> Tensor:
-    return parameter_MD if parameter_MD.stride(-1) == 1 else parameter_MD.contiguous()
+def _launch_rows(
+    x: Tensor,
+    y: Tensor | None,
+    rows: Sequence[Tensor],
+    offsets: tuple[int, int, int],
+    stride: int,
+    index: Tensor | None,
+    eps: float,
+    has_gate: bool,
+    has_norm: bool,
+    target: Target | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x', h and the scales of its rows; what is not asked for comes back as `x`.
+
+    `rows` are gate, scale and shift, each beginning `offsets` elements after its tensor's first.
+    """
+    width = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if y is None:
+        y = x
+    elif not y.is_contiguous():
+        y = y.contiguous()
+    num_tokens = x.numel() // width
+    total = torch.empty_like(x) if has_gate else x
+    h = row_scale = x
+    if target is not None:
+        h = torch.empty((num_tokens, width), dtype=target.dtype, device=x.device)
+        row_scale = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
+    elif has_norm:
+        h = torch.empty_like(x)
+    if num_tokens == 0:
+        return total, h, row_scale
+    block = power_of_2(width)
+    limit, rotation = (0.0, 0) if target is None else (LIMITS[target.dtype], target.rotation)
+    _run(
+        (num_tokens, 1, 1),
+        (x, y, *rows, x if index is None else index, total, h, row_scale),
+        (eps,),
+        (width, block, stride, has_gate, has_norm, index is not None, limit, rotation),
+        min(max(block // 512, 1), 16),
+        (0, 0, *offsets, 0, 0, 0, 0) if any(offsets) else None,
+    )
+    return total, h, row_scale
 
 
 # 3. Public
@@ -193,6 +224,57 @@ def gate_add(x: Tensor, y: Tensor, gate: Tensor, index: Tensor | None = None) ->
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or backend(x.device).name != "triton":
         return gate_add_reference(x, y, gate, index)
     return _launch(x, y, gate, None, None, index, 0.0)[0]
+
+
+def attention_norm(
+    x: Tensor, modulation: Tensor, index: Tensor | None, target: Target | None, triton: bool
+) -> Tensor | Rows:
+    """h [N, D] for the attention of a block, in the type of `x` or as `target` says. No gradients.
+
+    Args:
+        x: [..., D]
+        modulation: [M, 6 D]
+        index: which modulation a token has.
+        target: how h is quantised.
+        triton: whether the kernel runs, and not the reference.
+    """
+    width = x.shape[-1]
+    if not triton:
+        shift, scale = modulation[:, :width], modulation[:, width : 2 * width]
+        return _quantized(norm_modulate_reference(x, scale, shift, index).view(-1, width), target)
+    rows = (modulation, modulation, modulation)
+    parts, stride = (0, width, 0), modulation.stride(0)
+    _, h, scale = _launch_rows(x, None, rows, parts, stride, index, EPSILON, False, True, target)
+    return h.view(-1, width) if target is None else Rows(h, scale)
+
+
+def mlp_norm(
+    x: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, target: Target | None, triton: bool
+) -> tuple[Tensor, Tensor | Rows]:
+    """x' after attention gave `y`, and h [N, D] for the MLP; arguments as in `attention_norm`."""
+    width = x.shape[-1]
+    if not triton:
+        _, _, gate, shift, scale, _ = modulation.chunk(6, dim=-1)
+        total, h = gate_norm_modulate_reference(x, y.view(x.shape), gate, scale, shift, index)
+        return total, _quantized(h.view(-1, width), target)
+    rows = (modulation, modulation, modulation)
+    parts, stride = (2 * width, 4 * width, 3 * width), modulation.stride(0)
+    total, h, scale = _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, True, target)
+    return total, h.view(-1, width) if target is None else Rows(h, scale)
+
+
+def mlp_add(x: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, triton: bool) -> Tensor:
+    """x' after the MLP gave `y`; arguments as in `attention_norm`."""
+    width = x.shape[-1]
+    if not triton:
+        return gate_add_reference(x, y.view(x.shape), modulation[:, 5 * width :], index)
+    rows = (modulation, modulation, modulation)
+    parts, stride = (5 * width, 0, 0), modulation.stride(0)
+    return _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, False, None)[0]
+
+
+def _quantized(h: Tensor, target: Target | None) -> Tensor | Rows:
+    return h if target is None else quantize_rows_reference(h, target)
 
 
 def _norm_modulate_now(x: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None, eps: float) -> Tensor:

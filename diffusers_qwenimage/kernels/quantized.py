@@ -1,98 +1,206 @@
-"""Values in 8 bits with scales: rows of activations, rows of weights, and the products of the two.
+"""Quantising, dequantising and multiplying in 8 bits on a GPU; what is computed is in rows.py.
 
-A row x of I values becomes q = x / scale in float8_e4m3fn or int8, where scale = max|x| / limit. Activations
-have a scale per token, weights one per output channel, and a linear layer is
-
-    y[n, o] = scale[n] * weight_scale[o] * sum_i q[n, i] * weight[o, i] + bias[o].
-
-Rotation: int8 has one step for a whole row, so a single large value costs the others their precision. Blocks
-of a power of two of inputs are multiplied by a Hadamard matrix H / sqrt(block), activations at run time and
-weights once: the sum over i stays the same, and large values are spread (arXiv 2404.00456). fp8 is a floating
-type whose error follows each value, and needs no rotation (benchmarks/quantization.py).
+One pass over the tokens finds a row's scale and writes its 8 bits, after GELU if that comes before. Products
+of fp8 are the vendor's (compute capability 8.9 and newer), those of int8 are in int8.py.
 
 Shapes: N tokens, I inputs, O outputs; weight [O, I], scales fp32 [N, 1] and [O, 1].
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
-FP8 = torch.float8_e4m3fn
-LIMITS = {FP8: 448.0, torch.int8: 127.0}
-SMALLEST = 1e-12  # of a row's largest value: rows of zeros divide by it
+from . import backend, triton_is_installed
+from .int8 import int8_linear
+from .launch import Launcher, power_of_2
+from .rows import (
+    FP8,
+    LIMITS,
+    Rows,
+    Target,
+    dequantize_reference,
+    gelu_quantize_reference,
+    has_fp8_products,
+    quantize_rows_reference,
+    scaled_linear_reference,
+)
 
-
-# 1. Reference
-
-
-def quantize_rows_reference(x: Tensor, dtype: torch.dtype, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """q [..., I] in `dtype`, and the scale of each row [..., 1], fp32; blocks of `rotation` are rotated."""
-    wide = rotate_blocks(x.float(), rotation)
-    limit = LIMITS[dtype]
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / limit
-    scaled = (wide / scale).clamp(-limit, limit)
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
-
-
-def gelu_quantize_reference(x: Tensor, dtype: torch.dtype, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """The same of GELU(x), tanh approximation."""
-    return quantize_rows_reference(gelu(x.float(), approximate="tanh"), dtype, rotation)
+if triton_is_installed():
+    import triton
+    import triton.language as tl
 
 
-def dequantize_reference(weight: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int = 0) -> Tensor:
-    """What the rows stand for, [O, I] in `dtype`."""
-    return rotate_blocks(weight.float() * scale, rotation).to(dtype)
+# 2. Triton
 
+if triton_is_installed():
 
-def scaled_linear_reference(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """y [N, O] in `dtype`."""
-    if q.dtype == torch.int8:
-        sums = _integer_product(q, weight).float()
-    else:
-        sums = q.float() @ weight.float().t()
-    y = sums * scale * weight_scale.t()
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def rotate_blocks(x: Tensor, block: int) -> Tensor:
-    """x [..., I] with every block of so many values multiplied by H / sqrt(block), which is its own inverse.
-
-    Raises:
-        ValueError: if I is no multiple of the block.
-    """
-    if block in (0, 1):
+    @triton.jit
+    def rotate_row(x, BLOCK: tl.constexpr, ROTATION: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x [BLOCK], fp32, with blocks of ROTATION (at most 256) values times the Hadamard matrix."""
+        for stage in tl.static_range(8):
+            half: tl.constexpr = ROTATION >> (stage + 1)
+            if half > 0:  # add and subtract values `half` apart
+                pairs = tl.permute(tl.reshape(x, (BLOCK // (2 * half), 2, half)), (0, 2, 1))
+                first, second = tl.split(pairs)
+                both = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+                x = tl.reshape(both, (BLOCK,)) * 0.7071067811865476
         return x
-    if x.shape[-1] % block:
-        raise ValueError(f"{x.shape[-1]} values cannot be rotated in blocks of {block}.")
-    matrix = hadamard(block, x.device).to(x.dtype)
-    return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+    @triton.jit
+    def quantize_row(  # type: ignore[no-untyped-def]
+        x, LIMIT: tl.constexpr, BLOCK: tl.constexpr, ROTATION: tl.constexpr
+    ):
+        """x [BLOCK], fp32, rotated and divided by its scale, still fp32; and the scale."""
+        x = rotate_row(x, BLOCK, ROTATION)
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LIMIT
+        x = x / scale
+        if LIMIT == 127:
+            x = tl.floor(x + 0.5)
+        return tl.minimum(tl.maximum(x, -LIMIT), LIMIT), scale
+
+    @triton.jit
+    def _quantize_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        q_ptr,
+        scale_ptr,
+        X_STRIDE: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        GELU: tl.constexpr,
+        LIMIT: tl.constexpr,
+        ROTATION: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        x = tl.load(x_ptr + token * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+        if GELU:
+            inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+            x = x * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh(inner))
+        values, scale = quantize_row(x, LIMIT, BLOCK, ROTATION)
+        tl.store(q_ptr + token * D + column, values.to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + token, scale)
+
+    @triton.jit
+    def _dequantize_kernel(  # type: ignore[no-untyped-def]
+        q_ptr, scale_ptr, out_ptr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATION: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        x = tl.load(q_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        x = rotate_row(x * tl.load(scale_ptr + row), BLOCK, ROTATION)
+        tl.store(out_ptr + row * D + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+    _run_quantize = Launcher(_quantize_kernel)
+    _run_dequantize = Launcher(_dequantize_kernel)
 
 
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """The symmetric orthogonal matrix of Sylvester's construction, [size, size], fp32; a power of two."""
-    return _hadamard(size).to(device)
+def _launch_quantize(x: Tensor, target: Target, with_gelu: bool) -> Rows:
+    num_tokens, width = x.shape
+    if x.stride(1) != 1 or x.stride(0) % 8:
+        x = x.contiguous()
+    values = torch.empty((num_tokens, width), dtype=target.dtype, device=x.device)
+    scale = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
+    if num_tokens:
+        block = power_of_2(width)
+        constants = (x.stride(0), width, block, with_gelu, LIMITS[target.dtype], target.rotation)
+        _run_quantize((num_tokens, 1, 1), (x, values, scale), (), constants, _num_warps(block))
+    return Rows(values, scale)
 
 
-@lru_cache(maxsize=16)
-def _hadamard(size: int) -> Tensor:
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1)
-        while matrix.shape[0] < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return matrix / size**0.5
+def _num_warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
 
 
-def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
-    """q @ weight.t() in int32, exact."""
-    if q.shape[0] == 0:
-        return q.new_zeros(0, weight.shape[0], dtype=torch.int32)
-    if q.device.type in ("cpu", "cuda") and not (q.shape[1] % 8 or weight.shape[0] % 8):
-        rows = q.shape[0]
-        padding = max(32 - rows, 0) if q.device.type == "cuda" else 0  # the library wants more than 16 rows
-        padded = torch.nn.functional.pad(q, (0, 0, 0, padding)) if padding else q
-        return torch._int_mm(padded, weight.t())[:rows]
-    return (q.double() @ weight.double().t()).to(torch.int32)
+# 3. Public
+
+
+def quantize_rows(x: Tensor, target: Target) -> Rows:
+    """The rows of x [N, I], rotated and quantised. No gradients."""
+    if _has_kernels(x.device, target.dtype):
+        return _launch_quantize(x, target, False)
+    return quantize_rows_reference(x, target)
+
+
+def gelu_quantize(x: Tensor, target: Target) -> Rows:
+    """The same of GELU(x), tanh approximation."""
+    if _has_kernels(x.device, target.dtype):
+        return _launch_quantize(x, target, True)
+    return gelu_quantize_reference(x, target)
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int = 0) -> Tensor:
+    """What quantised rows [O, I] with scales [O, 1] stand for, in `dtype`."""
+    if not _has_kernels(weight.device, weight.dtype) or not weight.is_contiguous():
+        return dequantize_reference(weight, scale, dtype, rotation)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows, width = weight.shape
+    block = power_of_2(width)
+    constants = (width, block, rotation)
+    _run_dequantize((rows, 1, 1), (weight, scale, out), (), constants, _num_warps(block))
+    return out
+
+
+def scaled_linear(
+    rows: Rows,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The linear layer [N, O] of quantised rows, in `dtype`; written into `out` if given.
+
+    Args:
+        rows: N rows of I values.
+        weight: [O, I] of the same type, contiguous.
+        weight_scale: [O, 1], fp32.
+        bias: [O]
+        dtype: of the result.
+        out: where to write it, rows of any stride.
+    """
+    if weight.dtype == FP8 and weight.is_cuda:
+        y = _fp8_product(rows, weight, weight_scale, bias, dtype, out)
+    elif weight.is_cuda and backend(weight.device).name == "triton":
+        return int8_linear(*rows, weight, weight_scale, bias, dtype, out)
+    else:
+        y = scaled_linear_reference(rows, weight, weight_scale, bias, dtype)
+    if out is None or y is out:
+        return y
+    return out.copy_(y)
+
+
+def _fp8_product(
+    rows: Rows,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    """The vendor's product: bf16 with a bf16 bias, then cast."""
+    if bias is not None and bias.dtype != torch.bfloat16:
+        bias = bias.to(torch.bfloat16)
+    weight_t, weight_scale = weight.t(), weight_scale.t()
+    if out is not None and out.dtype == torch.bfloat16 and out.is_contiguous():
+        torch._scaled_mm(
+            rows.values,
+            weight_t,
+            rows.scale,
+            weight_scale,
+            bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+            out=out,
+        )
+        return out
+    y: Tensor = torch._scaled_mm(
+        rows.values, weight_t, rows.scale, weight_scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y if dtype == torch.bfloat16 else y.to(dtype)
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    if backend(device).name != "triton":
+        return False
+    return dtype != FP8 or has_fp8_products(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, power_of_2
 
 if triton_is_installed():
     import triton
@@ -70,7 +71,7 @@ def _turn(x: Tensor, table: Tensor, *, back: bool = False) -> Tensor:
 
 if triton_is_installed():
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["table_rows", "eps"])
     def _kernel(  # type: ignore[no-untyped-def]
         source_ptr,
         joint_ptr,
@@ -120,6 +121,8 @@ if triton_is_installed():
             turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
             tl.store(to, tl.reshape(turned, (HEADS, BLOCK)).to(kind), mask=inside)
 
+    _run = Launcher(_kernel)
+
 
 def _launch(
     joint: Tensor,
@@ -133,25 +136,23 @@ def _launch(
     num_tokens, (_, _, num_heads, head_dim) = rows.shape[0], joint.shape
     if num_tokens == 0:
         return
-    block = triton.next_power_of_2(head_dim)
-    heads = min(triton.next_power_of_2(num_heads), max(1024 // block, 1))
-    with torch.cuda.device_of(joint):  # Triton launches on the current device
-        _kernel[(num_tokens, triton.cdiv(num_heads, heads), 2 if source is None else 3)](
-            joint if source is None else source.contiguous(),
-            joint,
-            rows,
-            query_weight.contiguous(),
-            key_weight.contiguous(),
-            table.contiguous(),
-            table.shape[0],
-            eps,
-            H=num_heads,
-            DIM=head_dim,
-            HEADS=heads,
-            BLOCK=block,
-            FROM_SOURCE=source is not None,
-            num_warps=4,
-        )
+    block = power_of_2(head_dim)
+    heads = min(power_of_2(num_heads), max(1024 // block, 1))
+    tensors = (
+        joint if source is None else source.contiguous(),
+        joint,
+        rows,
+        query_weight if query_weight.is_contiguous() else query_weight.contiguous(),
+        key_weight if key_weight.is_contiguous() else key_weight.contiguous(),
+        table if table.is_contiguous() else table.contiguous(),
+    )
+    _run(
+        (num_tokens, -(-num_heads // heads), 2 if source is None else 3),
+        tensors,
+        (table.shape[0], eps),
+        (num_heads, head_dim, heads, block, source is not None),
+        4,
+    )
 
 
 # 3. Public

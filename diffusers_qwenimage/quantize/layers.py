@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.kernels.quantized import (
-    FP8,
-    dequantize_reference,
-    quantize_rows_reference,
-    scaled_linear_reference,
-)
+from diffusers_qwenimage.kernels.rows import FP8, Rows, Target, has_fp8_products, quantize_rows_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +105,29 @@ class QuantizedLinear(nn.Linear):
         """How this layer is quantised."""
         return SCHEMES[self.kind]
 
+    def target(self, device: torch.device) -> Target | None:
+        """How inputs on `device` are quantised; None if they are not."""
+        scheme = SCHEMES[self.kind]
+        if not scheme.activations or (scheme.dtype == FP8 and not has_fp8_products(device)):
+            return None
+        return Target(scheme.dtype, self.rotation)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight that the stored one stands for, [O, I]."""
-        return dequantize_reference(self.weight, self.weight_scale, dtype, self.rotation)
+        from diffusers_qwenimage.kernels.quantized import dequantize  # here, since it imports Triton
+
+        return dequantize(self.weight, self.weight_scale, dtype, self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer of x [..., I]: [..., O], in the type of x."""
-        with_gradient = torch.is_grad_enabled() and x.requires_grad
-        y: Tensor = _Product.apply(x, self) if with_gradient else quantized_product(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        trained_bias = self.bias is not None and self.bias.requires_grad
+        if torch.is_grad_enabled() and (x.requires_grad or trained_bias):
+            y: Tensor = _Product.apply(flat, self)
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+        else:
+            y = quantized_linear(flat, self)
+        return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
@@ -144,21 +153,41 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return quantized_product(x, layer)
+        return quantized_linear(x, layer, with_bias=False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.dequantized(gradient.dtype), None
 
 
-def quantized_product(x: Tensor, layer: QuantizedLinear) -> Tensor:
-    """x weight^T without the bias, [..., O]."""
-    if not layer.scheme.activations:
-        product: Tensor = x @ layer.dequantized(x.dtype).t()
-        return product
-    q, scale = quantize_rows_reference(x.reshape(-1, x.shape[-1]), layer.weight.dtype, layer.rotation)
-    y = scaled_linear_reference(q, scale, layer.weight, layer.weight_scale, None, x.dtype)
-    return y.view(*x.shape[:-1], -1)
+def quantized_linear(
+    x: Tensor, layer: QuantizedLinear, out: Tensor | None = None, *, with_bias: bool = True
+) -> Tensor:
+    """The layer of x [N, I]: [N, O]; written into `out`, rows of any stride, if given. No gradients."""
+    target = layer.target(x.device)
+    if target is not None:
+        from diffusers_qwenimage.kernels.quantized import quantize_rows  # here, since it imports Triton
+
+        return scaled_linear_of(quantize_rows(x, target), layer, x.dtype, out, with_bias=with_bias)
+    weight = layer.dequantized(x.dtype).t()
+    if layer.bias is None or not with_bias:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(layer.bias.to(x.dtype), x, weight, out=out)
+
+
+def scaled_linear_of(
+    rows: Rows,
+    layer: QuantizedLinear,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    *,
+    with_bias: bool = True,
+) -> Tensor:
+    """The layer of quantised rows: [N, O] in `dtype`; written into `out` if given. No gradients."""
+    from diffusers_qwenimage.kernels.quantized import scaled_linear  # here, since it imports Triton
+
+    bias = layer.bias if with_bias else None
+    return scaled_linear(rows, layer.weight, layer.weight_scale, bias, dtype, out)
 
 
 def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -168,7 +197,8 @@ def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         ValueError: if it holds values that are not finite.
     """
     scheme = scheme_of(kind)
-    quantized, scale = quantize_rows_reference(weight, scheme.dtype, rotation_of(scheme, weight.shape[1]))
+    target = Target(scheme.dtype, rotation_of(scheme, weight.shape[1]))
+    quantized, scale = quantize_rows_reference(weight, target)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("The weight holds values that are not finite; it cannot be quantised.")
     return quantized, scale
@@ -189,4 +219,3 @@ def rotation_of(scheme: Scheme, in_features: int) -> int:
     """The largest power of two that divides the inputs, up to the scheme's; 0 for none."""
     block = min(in_features & -in_features, scheme.rotation)
     return block if block > 1 else 0
-
