@@ -32,6 +32,7 @@ from torch import Tensor
 from .graphs import ModelCall, forward, graphs_of
 from .prompt import pad
 from .rotary import ImageShape
+from .step_cache import Forecast, ForecastCache
 from .transformer import QwenImageTransformer2DModel
 
 PromptEmbeds = Sequence[Tensor]  # one tensor [T_i, joint_attention_dim] per picture
@@ -79,6 +80,9 @@ class DenoiseInputs:
         negative: text embeddings to guide away from; None switches guidance off.
         guidance_scale: how far to guide; 1 is no guidance.
         rescale_guidance: give the guided velocity of each token the length of the conditional one.
+        guidance_interval: part of the steps in which guidance acts, as fractions; outside of it the negative
+            prompt costs nothing (arXiv 2404.07724).
+        step_cache: when velocities are forecast instead of computed.
         reference: clean packed latents appended to the picture's tokens, [B, tokens, C].
         keep: region to keep.
         control: block residuals.
@@ -93,6 +97,8 @@ class DenoiseInputs:
     negative: PromptEmbeds | None = None
     guidance_scale: float = 1.0
     rescale_guidance: bool = True
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    step_cache: ForecastCache | None = None
     reference: Tensor | None = None
     keep: KeepRegion | None = None
     control: Control | None = None
@@ -181,23 +187,93 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
             velocity = forward(transformer, one, is_padded=not ours)
         return velocity[:, : inputs.latents.shape[1]]
 
-    def predict(index: int, latents: Tensor, prompt: PromptEmbeds) -> Tensor:
-        residuals = _residuals(inputs, index, sigmas[index], latents, prompt)
+    branches = _Branches(inputs)
+
+    def compute(
+        index: int, latents: Tensor, texts: Sequence[PromptEmbeds], names: Sequence[str]
+    ) -> list[Tensor]:
+        """The velocity of each branch that is asked for, in one pass where the model allows it."""
+        residuals = _residuals(inputs, index, sigmas[index], latents, branches.prompt)
         tokens = latents if inputs.reference is None else torch.cat([latents, inputs.reference], dim=1)
-        if inputs.negative is not None and ours and not model.is_cache_enabled:
-            # Both branches in one pass: every weight is read once per step.
-            together = call(index, tokens, [*prompt, *inputs.negative], residuals)
-            conditional, unconditional = together.chunk(2)
-        else:
-            with transformer.cache_context("cond"):
-                conditional = call(index, tokens, prompt, residuals)
-            if inputs.negative is None:
-                return conditional
-            with transformer.cache_context("uncond"):  # a step cache decides for each branch
-                unconditional = call(index, tokens, inputs.negative, residuals)
-        return guide(conditional, unconditional, inputs.guidance_scale, rescale=inputs.rescale_guidance)
+        if len(texts) > 1 and ours and not model.is_cache_enabled:
+            # Every weight is read once per step.
+            together = call(index, tokens, [sample for text in texts for sample in text], residuals)
+            return list(together.chunk(len(texts)))
+        velocities = []
+        for name, text in zip(names, texts, strict=True):
+            with transformer.cache_context(name):  # a step cache of diffusers decides for each branch
+                velocities.append(call(index, tokens, text, residuals))
+        return velocities
+
+    def predict(index: int, latents: Tensor, prompt: PromptEmbeds) -> Tensor:
+        texts = branches.at(index, prompt)
+        asked = [name for name in texts if branches.must_compute(name, index)]
+        computed = compute(index, latents, [texts[name] for name in asked], asked) if asked else []
+        velocities = branches.complete(index, dict(zip(asked, computed, strict=True)), texts)
+        if "uncond" not in velocities:
+            return velocities["cond"]
+        return guide(
+            velocities["cond"],
+            velocities["uncond"],
+            inputs.guidance_scale,
+            rescale=inputs.rescale_guidance,
+        )
 
     return predict
+
+
+class _Branches:
+    """Which branches of the guidance a step has, and which of them are computed and which forecast."""
+
+    def __init__(self, inputs: DenoiseInputs) -> None:
+        self.prompt: PromptEmbeds = inputs.prompt
+        self._inputs = inputs
+        self._num_steps = len(inputs.timesteps)
+        self._forecasts: dict[str, Forecast] = {}
+        self._sigmas: list[float] = []
+        if inputs.step_cache is not None:
+            self._sigmas = (inputs.timesteps.double() / 1000).tolist()
+            self._forecasts = {name: Forecast(config=inputs.step_cache) for name in ("cond", "uncond")}
+
+    def at(self, index: int, prompt: PromptEmbeds) -> dict[str, PromptEmbeds]:
+        """The text of each branch that step `index` has."""
+        if prompt is not self.prompt or self._control_changes(index):
+            for forecast in self._forecasts.values():
+                forecast.forget()
+        self.prompt = prompt
+        negative = self._inputs.negative
+        if negative is None or not guidance_acts(index, self._num_steps, self._inputs.guidance_interval):
+            return {"cond": prompt}
+        return {"cond": prompt, "uncond": negative}
+
+    def must_compute(self, name: str, index: int) -> bool:
+        """Whether the transformer has to run for a branch."""
+        forecast = self._forecasts.get(name)
+        return forecast is None or forecast.must_compute(index, self._num_steps, self._sigmas[index])
+
+    def complete(
+        self, index: int, computed: dict[str, Tensor], texts: dict[str, PromptEmbeds]
+    ) -> dict[str, Tensor]:
+        """The velocities of all branches of a step, from those that were computed."""
+        if not self._forecasts:
+            return computed
+        sigma = self._sigmas[index]
+        for name, velocity in computed.items():
+            self._forecasts[name].record(sigma, velocity)
+        return {
+            name: computed[name] if name in computed else self._forecasts[name].forecast(sigma)
+            for name in texts
+        }
+
+    def _control_changes(self, index: int) -> bool:
+        control = self._inputs.control
+        return control is not None and index > 0 and control.scales[index] != control.scales[index - 1]
+
+
+def guidance_acts(index: int, num_steps: int, interval: tuple[float, float]) -> bool:
+    """Whether step `index` of `num_steps` lies in the interval, as ControlNet's start and end are counted."""
+    start, end = interval
+    return index / num_steps >= start and (index + 1) / num_steps <= end
 
 
 def _residuals(

@@ -162,6 +162,15 @@ class AutoencoderKLQwenImage(stock.AutoencoderKLQwenImage):
         pixels: Tensor = self.decoder(self.post_quant_conv(self._image(z)))
         return pixels
 
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why latents `x` [B, z_dim, 1, h, w] are not decoded by the fused path; None if they are."""
+        chosen = backend(x.device)
+        if chosen.name == "off":
+            return chosen.reason
+        from .vae_fused import why_not
+
+        return why_not(self, self.decoder, x)
+
     def _is_fused(self, part: nn.Module, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or backend(x.device).name == "off":
             return False

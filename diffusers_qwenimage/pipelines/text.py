@@ -83,3 +83,13 @@ def join_negative(negative: list[Tensor], num_prompts: int) -> list[Tensor]:
             f"Got {len(negative)} negative prompts for {num_prompts} prompts. Give one, or one for each."
         )
     return negative
+
+
+def guidance_interval(start: float, end: float) -> tuple[float, float]:
+    """The part of the steps in which guidance acts, from `cfg_start` and `cfg_end`."""
+    if not 0 <= start <= end <= 1:
+        raise ValueError(
+            f"cfg_start and cfg_end are fractions of the steps, 0 <= cfg_start <= cfg_end <= 1, got {start} "
+            f"and {end}."
+        )
+    return start, end
