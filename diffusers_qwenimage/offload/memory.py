@@ -89,8 +89,8 @@ class _Pages(mmap.mmap):
     _registered_at: int | None = None
 
     def register(self, address: int) -> bool:
-        runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(address, len(self), 0)) != 0:
+        if int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)) != 0:
+            _forget_error()
             return False
         self._registered_at = address
         return True
@@ -103,6 +103,14 @@ class _Pages(mmap.mmap):
     def __del__(self) -> None:
         if self._registered_at is not None and torch is not None:  # at the end of the process, CUDA is gone
             self.unregister()
+
+
+def _forget_error() -> None:
+    """The runtime reports a failed call again at the next kernel, where nobody expects it."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        logger.debug("Registering failed: %s", error)
 
 
 def _new_pages(num_bytes: int) -> _Pages:

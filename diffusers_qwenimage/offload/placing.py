@@ -1,7 +1,8 @@
 """Putting weights where they will live: resident slabs on the device, slabs in host memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,16 @@ class Progress:
             self._tell(min(self._done, self._total), self._total)
 
 
-def place_existing(placement: Placement, device: torch.device, progress: Progress) -> list[Unit]:
+def place_existing(
+    before: dict[str, Unit], placement: Placement, device: torch.device, progress: Progress
+) -> list[Unit]:
     """Move the weights of a module, block by block, so that nothing is held twice for long.
+
+    Args:
+        before: what is pinned already, by the name of the block; it is used up.
+        placement: where weights go.
+        device: where resident weights go.
+        progress: is told.
 
     Raises:
         ValueError: if a weight is on the meta device.
@@ -47,15 +56,33 @@ def place_existing(placement: Placement, device: torch.device, progress: Progres
     _place_resident(parts.rest, device, progress)
     blocks = zip(parts.blocks, placement.resident, placement.streamed, strict=True)
     with ThreadPoolExecutor(WORKERS if device.type == "cuda" else 1) as pool:
-        jobs = []
+        jobs: list[Future[Any]] = []
         for block, resident, streamed in blocks:
-            if placement.plan.source == "mapped":
+            old = before.pop(block.name, None)
+            if old is not None and _can_stay(old, streamed, placement):
+                jobs.append(pool.submit(_keep, old, progress))
+            elif placement.plan.source == "mapped":
                 jobs.append(pool.submit(_leave, block.name, streamed))
             else:
                 jobs.append(pool.submit(_place_streamed, block.name, streamed, memory, progress))
             _place_resident((*block.small, *resident), device, progress)
         units = [job.result() for job in jobs]
     return [unit for unit in units if unit is not None]
+
+
+def _keep(unit: Unit, progress: Progress) -> Unit:
+    progress.add(unit.layout.num_bytes)
+    return unit
+
+
+def _can_stay(unit: Unit, groups: Sequence[Group], placement: Placement) -> bool:
+    layout, members = layout_for(groups)
+    is_pinned = unit.slab is not None
+    at_home = all(
+        m.tensor.data_ptr() == home.data_ptr() for m, home in zip(members, unit.homes, strict=False)
+    )
+    same = (unit.members, unit.layout) == (members, layout)
+    return same and at_home and is_pinned == (placement.plan.source == "pinned")
 
 
 def bring_home(placement: Placement) -> None:

@@ -93,6 +93,12 @@ class Streaming:
 
     def stop(self) -> None:
         """Remove the hooks and give slots and pinned pages back; weights stay where they are."""
+        for unit in self.disconnect().values():
+            if unit.slab is not None:
+                unit.slab.unpin()
+
+    def disconnect(self) -> dict[str, Unit]:
+        """Remove the hooks and give the slots back; what streamed, still pinned, by the name of the block."""
         self.settle()
         if self._feeder is not None:
             self._feeder.stop()
@@ -104,20 +110,21 @@ class Streaming:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
-        for unit in self._units:
-            if unit.slab is not None:
-                unit.slab.unpin()
+        units = {unit.name: unit for unit in self._units}
         self._units, self._slots, self._ring, self._visits, self._feeder = [], [], None, None, None
         self._module.__dict__.pop("_apply", None)
         self._module.__dict__.pop(STATE, None)
         _hooks_changed(self._module)
+        return units
 
     def _reserve_slots(self) -> None:
         """First of all: what streams needs room on the device in any case."""
         sizes = [plan.streamed_bytes for plan in self.placement.plan.blocks]
         for _ in range(self.placement.plan.num_slots):
             memory = device_slab(max(sizes), self.device)
-            self._slots.append(Slot(memory=memory, ready=self._lane.mark(), free=self._lane.mark()))
+            slot = Slot(memory=memory, ready=self._lane.mark(), free=self._lane.mark())
+            self._lane.reach(slot.free)  # what had this memory before is done with it by then
+            self._slots.append(slot)
 
     def _connect(self) -> None:
         parts = self.placement.survey

@@ -11,6 +11,7 @@ visits.py for what happens around a block.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -70,9 +71,8 @@ def stream(
         source=source,
         num_slots=num_slots,
     )
-    if before is not None:
-        before.stop()
-    Streaming(module, placement, target).start(place_existing, progress)
+    units = before.disconnect() if before is not None else {}
+    Streaming(module, placement, target).start(partial(place_existing, units), progress)
     return placement.plan
 
 
