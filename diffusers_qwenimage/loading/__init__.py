@@ -12,6 +12,7 @@ from .sources import find_files
 if TYPE_CHECKING:
     from .components import (
         Components,
+        check_index,
         check_source,
         default_checkpoint,
         load_components,
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
         load_transformer,
         load_vae,
         model_folder,
+        open_text_encoder,
+        open_transformer,
+        state_dtype,
     )
     from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -27,6 +31,7 @@ __all__ = [
     "Components",
     "DownloadError",
     "Hub",
+    "check_index",
     "check_source",
     "check_tokenizer",
     "default_checkpoint",
@@ -38,6 +43,9 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "model_folder",
+    "open_text_encoder",
+    "open_transformer",
+    "state_dtype",
 ]
 
 

@@ -82,7 +82,7 @@ def load_components(
     folder = model_folder(
         source, hub=hub, revision=revision, local_only=local_only, skip_transformer=transformer is not None
     )
-    _check_index(folder / MODEL_INDEX)
+    check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     text_encoder = load_text_encoder(folder / "text_encoder", dtype=dtype, device=device)
     num_rows = text_encoder.get_input_embeddings().weight.shape[0]
@@ -115,12 +115,8 @@ def load_transformer(
         FileNotFoundError: if a file is missing.
         ValueError: if the files hold something else, or do not fit the config.
     """
-    settings, part = read_component(files, "transformer", config=config)
-    model = empty_module(
-        lambda: cast("QwenImageTransformer2DModel", QwenImageTransformer2DModel.from_config(settings))
-    )
+    model, part = open_transformer(files, config=config)
     assign_weights(model, part, dtype=dtype, device=device)
-    model.eval()
     return model
 
 
@@ -151,12 +147,38 @@ def load_text_encoder(
     Keys of published files (transformers 4) and of the module (transformers 5) both load. The module is
     complete, with vision tower and `lm_head`, so that it can be saved; text prompts run neither of them.
     """
+    model, part = open_text_encoder(files, config=config)
+    assign_weights(model, part, dtype=dtype, device=device)
+    return state_dtype(model)
+
+
+def open_transformer(
+    files: Checkpoint | Files, *, config: Mapping[str, Any] | None = None
+) -> tuple[QwenImageTransformer2DModel, Checkpoint]:
+    """The transformer on the meta device, and its weights in the files; errors as of `load_transformer`."""
+    settings, part = read_component(files, "transformer", config=config)
+    model = empty_module(
+        lambda: cast("QwenImageTransformer2DModel", QwenImageTransformer2DModel.from_config(settings))
+    )
+    model.eval()
+    return model, part
+
+
+def open_text_encoder(
+    files: Checkpoint | Files, *, config: Mapping[str, Any] | None = None
+) -> tuple[Any, Checkpoint]:
+    """The text encoder on the meta device, and its weights in the files; errors as of `load_transformer`."""
     settings, part = read_component(files, "text_encoder", config=config)
     model = empty_module(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings)))
-    assign_weights(model, part, dtype=dtype, device=device)
-    for described in (model.config, model.config.text_config, model.config.vision_config):
-        described.dtype = model.dtype
-    return model.eval()
+    return model.eval(), part
+
+
+def state_dtype(text_encoder: Any) -> Any:
+    """Let the configs of a text encoder state the type of its weights, as transformers does; returns it."""
+    config = text_encoder.config
+    for described in (config, config.text_config, config.vision_config):
+        described.dtype = text_encoder.dtype
+    return text_encoder
 
 
 def load_scheduler(folder: str | Path | None = None) -> FlowMatchEulerDiscreteScheduler:
@@ -223,7 +245,14 @@ def check_source(source: str | Path) -> None:
         read_header(file)
 
 
-def _check_index(path: Path) -> None:
+def check_index(folder: Path) -> None:
+    """Refuse a folder that is not a Qwen-Image model in diffusers' layout.
+
+    Raises:
+        FileNotFoundError: if it has no index.
+        ValueError: if the index is unreadable, or of another model.
+    """
+    path = folder / MODEL_INDEX
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} is not a model in diffusers' layout: it has no {MODEL_INDEX}. Give the folder "

@@ -1,0 +1,164 @@
+"""Device memory that the components need beside their weights, in bytes.
+
+Computed from sizes, with factors measured on one H100: they are rounded up, and no promise. What a call has
+taken is in `memory_report()`.
+
+Widths: the number of tensors, as wide as the model, that are alive for each token at the worst moment.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_qwenimage.denoise import DenoiseInputs
+
+# Measured: 14 (1328x1328) and 15 (1024x1024) with both branches of the guidance in one pass.
+DENOISE_WIDTHS = 15.5
+# Measured: 17 at 1328x1328 for the decoder, in tensors of `base_dim` channels per picture pixel.
+DECODE_WIDTHS = 18.0
+BLEND_BYTES = 48  # per picture pixel of a tiled decode: sum and weights in fp32, and the result
+TEXT_WIDTHS = 12.0
+WORKSPACE = 64 * 2**20  # of cuBLAS and the attention kernels
+TILE_SIDES = (192, 160, 128, 96, 64, 48, 32)  # latent pixels
+TILE_OVERLAP = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What is to be made at once.
+
+    Attributes:
+        rows, columns: of image tokens in one picture.
+        pictures: in the batch.
+        guided: whether both branches of the guidance run together.
+        text_tokens: of the longest prompt.
+        steps: of the schedule, whose modulation is tabulated.
+        reference_tokens: clean tokens beside the picture's.
+    """
+
+    rows: int
+    columns: int
+    pictures: int = 1
+    guided: bool = True
+    text_tokens: int = 256
+    steps: int = 50
+    reference_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples in a forward of the transformer."""
+        samples = self.pictures * (2 if self.guided else 1)
+        return samples * (self.rows * self.columns + self.reference_tokens + self.text_tokens)
+
+    def covers(self, other: "Demand") -> bool:
+        """Whether what was planned for this suffices for `other`."""
+        return (
+            self.tokens >= other.tokens
+            and self.steps >= other.steps
+            and self.rows * self.columns >= other.rows * other.columns
+        )
+
+    def joined(self, other: "Demand") -> "Demand":
+        """A demand that covers both."""
+        larger, smaller = (self, other) if self.tokens >= other.tokens else (other, self)
+        missing = max(0, smaller.rows * smaller.columns - larger.rows * larger.columns)
+        return Demand(
+            rows=larger.rows + -(-missing // larger.columns),
+            columns=larger.columns,
+            pictures=larger.pictures,
+            guided=larger.guided,
+            text_tokens=larger.text_tokens,
+            steps=max(self.steps, other.steps),
+            reference_tokens=larger.reference_tokens,
+        )
+
+
+def demand_of(inputs: DenoiseInputs) -> Demand:
+    """What a call of the loop asks for."""
+    _, rows, columns = inputs.image_shapes[0]
+    embeds = [*inputs.prompt, *(inputs.negative or ())]
+    return Demand(
+        rows=rows,
+        columns=columns,
+        pictures=inputs.latents.shape[0],
+        guided=inputs.negative is not None,
+        text_tokens=max(sample.shape[0] for sample in embeds),
+        steps=len(inputs.timesteps),
+        reference_tokens=0 if inputs.reference is None else inputs.reference.shape[1],
+    )
+
+
+def denoise_bytes(transformer: Any, demand: Demand, dtype: torch.dtype) -> int:
+    """Of a step: activations, and the table of the modulation."""
+    config = transformer.config
+    width: int = config.num_attention_heads * config.attention_head_dim
+    table: int = demand.steps * config.num_layers * 12 * width * dtype.itemsize
+    activations = int(demand.tokens * width * dtype.itemsize * DENOISE_WIDTHS)
+    tabulating = table + 12 * width * width * dtype.itemsize  # stacked, while a block's weights visit
+    return max(activations, tabulating) + table + _workspace(activations)
+
+
+def encode_text_bytes(text_encoder: Any, *, tokens: int = 512) -> int:
+    """Of a prompt's pass through the language model."""
+    config = getattr(text_encoder.config, "text_config", text_encoder.config)
+    wide = 3 * config.intermediate_size + TEXT_WIDTHS * config.hidden_size
+    activations = int(tokens * wide * 2)
+    return activations + _workspace(activations)
+
+
+def decode_bytes(vae: Any, rows: int, columns: int, *, tile: int | None = None) -> int:
+    """Of decoding a picture of `rows` x `columns` latent pixels, in tiles of a side; encoding takes less."""
+    ratio: int = vae.spatial_compression_ratio
+    pixels = rows * columns * ratio**2
+    per_pixel = DECODE_WIDTHS * vae.config.base_dim * vae.dtype.itemsize
+    if tile is None or (rows <= tile and columns <= tile):
+        return int(pixels * per_pixel)
+    cut = min(rows, tile) * min(columns, tile) * ratio**2
+    return int(cut * per_pixel) + pixels * BLEND_BYTES
+
+
+def fitting_tile(vae: Any, rows: int, columns: int, budget: int) -> int | None:
+    """The largest side of a tile in latent pixels to decode within a budget; None if no tiles are needed."""
+    if decode_bytes(vae, rows, columns) <= budget:
+        return None
+    for side in TILE_SIDES:
+        if side < max(rows, columns) and decode_bytes(vae, rows, columns, tile=side) <= budget:
+            return side
+    return TILE_SIDES[-1]
+
+
+def tile_stride(side: int) -> int:
+    """Latent pixels from one tile to the next."""
+    return max(1, side - int(side * TILE_OVERLAP))
+
+
+def weight_bytes(module: nn.Module | None) -> int:
+    """Of all parameters and buffers, shared ones once."""
+    return 0 if module is None else sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def bytes_on(module: nn.Module | None, device: torch.device) -> int:
+    """Those that lie on a device now."""
+    if module is None:
+        return 0
+    return sum(tensor.nbytes for tensor in _tensors(module) if tensor.device.type == device.type)
+
+
+def adapter_bytes(module: nn.Module | None) -> int:
+    """Of the LoRA layers in a module, which stay on the device."""
+    if module is None:
+        return 0
+    named = dict(module.named_parameters())
+    return sum(value.nbytes for name, value in named.items() if ".lora_" in name)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+
+
+def _workspace(activations: int) -> int:
+    """Small models, such as those of tests, do not use the libraries' full workspaces."""
+    return min(WORKSPACE, activations)

@@ -1,0 +1,333 @@
+"""Which component is where, and when, so that a whole picture is made within a budget of device memory.
+
+The transformer comes first: it runs in every step. Its weights stay on the device as far as they fit beside
+the activations of a step, the rest streams. The text encoder streams through the memory that the activations
+need later, unless there is room for it too. The VAE visits the device; it decodes in tiles if it has to. So
+at the three moments of a picture
+
+    text     resident weights + slots and activations of the text encoder
+    denoise  resident weights + slots of the transformer + activations of a step
+    decode   resident weights + the VAE + its activations
+
+are on the device, and each fits the budget. Sizes in bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusers_qwenimage.offload import Source, StreamPlan, plan_stream
+
+from .needs import (
+    TILE_SIDES,
+    Demand,
+    adapter_bytes,
+    decode_bytes,
+    denoise_bytes,
+    encode_text_bytes,
+    fitting_tile,
+    weight_bytes,
+)
+
+GIB = 2**30
+PREFERRED_TILE = 64  # latent pixels: tiles are not made smaller to keep more of the transformer resident
+ATTEMPTS = 32
+LANGUAGE_LAYERS = ("model.language_model.layers", "language_model.layers", "model.layers", "layers")
+NOT_RUN = ("lm_head", "model.visual", "visual")  # by text prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """Where everything is.
+
+    Attributes:
+        budget: what may be used; None: no limit.
+        demand: the largest picture that it was made for.
+        transformer, text_encoder: what streams of them; None where there is no such component.
+        vae_bytes: weights of the VAE.
+        vae_stays: whether they stay on the device.
+        adapter_bytes: of LoRA layers, on the device.
+        denoise_bytes, encode_bytes, decode_bytes: beside the weights, in each of the moments.
+        tile: side of a tile in latent pixels when the largest picture is decoded, None for no tiles.
+        smallest_bytes: the smallest budget that works for this demand.
+    """
+
+    budget: int | None
+    demand: Demand
+    transformer: StreamPlan | None
+    text_encoder: StreamPlan | None
+    vae_bytes: int
+    vae_stays: bool
+    adapter_bytes: int
+    denoise_bytes: int
+    encode_bytes: int
+    decode_bytes: int
+    tile: int | None
+    smallest_bytes: int
+
+    @property
+    def resident_bytes(self) -> int:
+        """On the device all the time."""
+        plans = [plan.resident_bytes for plan in (self.transformer, self.text_encoder) if plan]
+        return sum(plans) + self.adapter_bytes + (self.vae_bytes if self.vae_stays else 0)
+
+    @property
+    def peaks(self) -> Mapping[str, int]:
+        """Expected peak of each moment."""
+        base = self.resident_bytes
+        return {
+            "text": base + _slots(self.text_encoder) + self.encode_bytes if self.text_encoder else 0,
+            "denoise": base + _slots(self.transformer) + self.denoise_bytes,
+            "decode": base + (0 if self.vae_stays else self.vae_bytes) + self.decode_bytes,
+        }
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak of the whole."""
+        return max(self.peaks.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory."""
+        return sum(plan.pinned_bytes for plan in (self.transformer, self.text_encoder) if plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What is planned for; None for a component that is not there."""
+
+    transformer: Any
+    text_encoder: Any
+    vae: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """Arguments of `stream` and `plan_stream`; None: what they find themselves."""
+
+    blocks: list[str] | None = None
+    on_call: list[str] | None = None
+
+
+def plan_pipeline(
+    parts: Parts,
+    budget: int | None,
+    demand: Demand,
+    *,
+    device: str,
+    source: Source = "pinned",
+    persistent_parameters: int | None = None,
+) -> PipelinePlan:
+    """Plan a pipeline; nothing is touched.
+
+    Args:
+        budget: bytes for weights and activations; None: no limit.
+        persistent_parameters: the most parameters of the transformer that may stay on the device.
+
+    Raises:
+        ValueError: if the budget is too small; it says what the smallest is.
+    """
+    planner = _Planner(parts, demand, device=device, source=source, persistent=persistent_parameters)
+    smallest = planner.smallest().peak_bytes
+    if budget is not None and budget < smallest:
+        raise ValueError(too_small(budget, smallest, demand))
+    return planner.best(budget, smallest)
+
+
+def smallest_budget(parts: Parts, demand: Demand, *, device: str) -> int:
+    """The least bytes that pictures like this can be made with."""
+    planner = _Planner(parts, demand, device=device, source="pinned", persistent=None)
+    return planner.smallest().peak_bytes
+
+
+def too_small(budget: int, smallest: int, demand: Demand) -> str:
+    """What to say of a budget that cannot work."""
+    return (
+        f"{max(budget, 0) / GIB:.2f} GiB are too few for pictures of {16 * demand.columns}x"
+        f"{16 * demand.rows} pixels: the smallest budget that works is {smallest / GIB:.2f} GiB (and the "
+        "buffer). Give that, make smaller pictures, or take 8-bit weights."
+    )
+
+
+class _Planner:
+    def __init__(
+        self, parts: Parts, demand: Demand, *, device: str, source: Source, persistent: int | None
+    ) -> None:
+        self._parts = parts
+        self._demand = demand
+        self._device = device
+        self._source = source
+        self._persistent = persistent
+        self._vae_bytes = weight_bytes(parts.vae)
+        self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
+        dtype = compute_dtype(parts)
+        self._denoise = (
+            denoise_bytes(parts.transformer, demand, dtype) if parts.transformer is not None else 0
+        )
+        self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
+        self._plans: dict[tuple[int, int | None], StreamPlan] = {}
+
+    def smallest(self) -> PipelinePlan:
+        """Nothing resident that can stream, one slot, the smallest tiles."""
+        transformer, text = self._transformer(0), self._text_encoder(0)
+        return self._plan(None, transformer, text, vae_stays=False, tile=TILE_SIDES[-1], smallest=0)
+
+    def best(self, budget: int | None, smallest: int) -> PipelinePlan:
+        """As much resident as the budget allows, the transformer first."""
+        whole = self._plan(
+            budget,
+            self._transformer(None),
+            self._text_encoder(None),
+            vae_stays=True,
+            tile=None,
+            smallest=smallest,
+        )
+        if self._persistent is None and (budget is None or whole.peak_bytes <= budget):
+            return whole
+        budget = whole.peak_bytes if budget is None else budget
+        text = self._text_encoder(0)
+        transformer = self._fitting_transformer(budget, text)
+        text = self._fitting_text_encoder(budget, transformer)
+        plan = self._plan(budget, transformer, text, vae_stays=False, tile=None, smallest=smallest)
+        stays = self._plan(budget, transformer, text, vae_stays=True, tile=None, smallest=smallest)
+        if stays.peak_bytes <= budget:
+            return stays
+        tile = self._tile(budget - plan.resident_bytes - self._vae_bytes)
+        return self._plan(budget, transformer, text, vae_stays=False, tile=tile, smallest=smallest)
+
+    def _fitting_transformer(self, budget: int, text: StreamPlan | None) -> StreamPlan | None:
+        """The plan with most resident weights whose three moments fit the budget."""
+        aside = _resident(text) + self._adapters
+        limit = budget - aside - self._denoise
+        decode = self._peak_of_decoding(PREFERRED_TILE)
+        if decode > budget - aside:
+            decode = self._peak_of_decoding(TILE_SIDES[-1])
+        others = max(_slots(text) + self._encode, decode)
+        most = budget - aside - others
+        if self._persistent is not None:
+            most = min(most, self._persistent * compute_dtype(self._parts).itemsize)
+        for _ in range(ATTEMPTS):
+            plan = self._transformer(max(limit, 0))
+            excess = _resident(plan) - most
+            if excess <= 0 or plan is None or limit <= 0:
+                break
+            limit = min(limit, plan.device_bytes) - max(excess, 1)
+        return plan
+
+    def _fitting_text_encoder(self, budget: int, transformer: StreamPlan | None) -> StreamPlan | None:
+        """Whole where there is room for it in all moments, else as fast as its moment allows."""
+        whole = self._text_encoder(None, in_full=False)
+        room = budget - self._adapters - _resident(transformer)
+        denoise = room - _slots(transformer) - self._denoise
+        decode = room - self._peak_of_decoding(None)
+        if _resident(whole) <= min(denoise, decode, room - self._encode):
+            return whole
+        least = self._text_encoder(0)
+        if least is None:
+            return None
+        overlapping = least.smallest_overlapping_bytes
+        return self._text_encoder(overlapping if overlapping <= room - self._encode else 0)
+
+    def _tile(self, room: int) -> int | None:
+        if self._parts.vae is None:
+            return None
+        return fitting_tile(self._parts.vae, 2 * self._demand.rows, 2 * self._demand.columns, room)
+
+    def _peak_of_decoding(self, tile: int | None) -> int:
+        """Weights of the VAE and what decoding takes, in tiles of a side."""
+        if self._parts.vae is None:
+            return 0
+        rows, columns = 2 * self._demand.rows, 2 * self._demand.columns
+        return self._vae_bytes + decode_bytes(self._parts.vae, rows, columns, tile=tile)
+
+    def _transformer(self, limit: int | None) -> StreamPlan | None:
+        return self._stream_plan(self._parts.transformer, limit, StreamSettings())
+
+    def _text_encoder(self, limit: int | None, *, in_full: bool = True) -> StreamPlan | None:
+        module = self._parts.text_encoder
+        if module is None:
+            return None
+        settings = text_encoder_settings(module)
+        if limit is None and not in_full:
+            limit = weight_bytes(module)  # fits, but need not hold what never runs
+        return self._stream_plan(module, limit, settings)
+
+    def _stream_plan(self, module: Any, limit: int | None, settings: StreamSettings) -> StreamPlan | None:
+        """A plan within a limit, or the smallest if that is more."""
+        if module is None:
+            return None
+        if limit is not None:
+            limit = max(limit, self._planned(module, None, settings).smallest_bytes)
+        return self._planned(module, limit, settings)
+
+    def _planned(self, module: Any, limit: int | None, settings: StreamSettings) -> StreamPlan:
+        key = id(module), limit
+        if key not in self._plans:
+            self._plans[key] = plan_stream(
+                module,
+                limit,
+                device=self._device,
+                blocks=settings.blocks,
+                on_call=settings.on_call,
+                source=self._source,
+            )
+        return self._plans[key]
+
+    def _plan(
+        self,
+        budget: int | None,
+        transformer: StreamPlan | None,
+        text: StreamPlan | None,
+        *,
+        vae_stays: bool,
+        tile: int | None,
+        smallest: int,
+    ) -> PipelinePlan:
+        decode = self._peak_of_decoding(tile) - self._vae_bytes
+        return PipelinePlan(
+            budget=budget,
+            demand=self._demand,
+            transformer=transformer,
+            text_encoder=text,
+            vae_bytes=self._vae_bytes,
+            vae_stays=vae_stays,
+            adapter_bytes=self._adapters,
+            denoise_bytes=self._denoise,
+            encode_bytes=self._encode,
+            decode_bytes=decode,
+            tile=tile,
+            smallest_bytes=smallest,
+        )
+
+
+def text_encoder_settings(text_encoder: Any) -> StreamSettings:
+    """Arguments of `stream` for a text encoder: its layers stream, what prompts do not run stays away."""
+    names = dict(text_encoder.named_modules())
+    layers = next((name for name in LANGUAGE_LAYERS if name in names), None)
+    if layers is None:
+        raise ValueError(
+            f"{type(text_encoder).__name__} has none of the lists of layers {', '.join(LANGUAGE_LAYERS)}; "
+            "only Qwen2.5-VL can be streamed."
+        )
+    tied = getattr(text_encoder, "all_tied_weights_keys", None) or {}
+    aside = [name for name in NOT_RUN if name in names and f"{name}.weight" not in tied]
+    return StreamSettings(blocks=[layers], on_call=aside)
+
+
+def compute_dtype(parts: Parts) -> torch.dtype:
+    """The type of the activations: that of the first weight that is no 8-bit one."""
+    for parameter in () if parts.transformer is None else parts.transformer.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            dtype: torch.dtype = parameter.dtype
+            return dtype
+    return torch.bfloat16
+
+
+def _slots(plan: StreamPlan | None) -> int:
+    return 0 if plan is None else plan.slot_bytes
+
+
+def _resident(plan: StreamPlan | None) -> int:
+    return 0 if plan is None else plan.resident_bytes
