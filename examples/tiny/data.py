@@ -1,19 +1,33 @@
 """The training set: random scenes, several captions of each, and what each scene holds, as tensors.
 
 Made by processes that each fill chunks from a seed of their own, so the set depends on the seed alone.
+
+    python data.py FILE                  # make it beforehand, for `train.py --data FILE`
 """
 
+import argparse
 import os
 import random
 import re
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from grammar import ARRANGEMENTS, COLOURS, NEGATIVES, SHAPES, SIZES, Scene, sample_scene, write_caption
+from grammar import (
+    ARRANGEMENTS,
+    COLOURS,
+    MAX_SHAPES,
+    NEGATIVES,
+    SHAPES,
+    SIZES,
+    Scene,
+    sample_scene,
+    write_caption,
+)
 from numpy.typing import NDArray
-from scenes import MAX_SHAPES, SceneBatch, lay_out
+from scenes import SceneBatch, lay_out
 from tokenizer import PREFIX_TOKENS, SUFFIX_TOKENS, TEMPLATE, build_tokenizer
 from torch import Tensor
 from transformers import Qwen2Tokenizer
@@ -27,6 +41,7 @@ ALL_ARRANGEMENTS = [arrangement for number in (1, 2, 3) for arrangement in ARRAN
 FACT_CLASSES = [len(COLOURS), len(ALL_ARRANGEMENTS)] + [5, len(SIZES), len(COLOURS), len(SHAPES)] * 3
 IGNORED = -100
 
+CHUNK_PARTS = ("geometry", "kinds", "background", "tokens", "facts")
 Chunk = tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.int8], NDArray[np.int16], NDArray[np.int8]]
 
 
@@ -46,8 +61,8 @@ class TrainingSet:
 class Maker:
     """Starts making the set at once, in the background."""
 
-    def __init__(self, number: int, seed: int) -> None:
-        self.pool = ProcessPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 2))
+    def __init__(self, number: int, seed: int, workers: int | None = None) -> None:
+        self.pool = ProcessPoolExecutor(max_workers=workers or max(1, (os.cpu_count() or 1) - 2))
         seeds = [seed * 1_000_003 + i for i in range(-(-number // CHUNK))]
         self.tasks: list[Future[Chunk]] = [self.pool.submit(make_chunk, chunk_seed) for chunk_seed in seeds]
 
@@ -59,21 +74,41 @@ class Maker:
     def finish(self) -> TrainingSet:
         chunks = [task.result() for task in self.tasks]
         self.pool.shutdown()
-        tokenizer = build_tokenizer()
-        return TrainingSet(
-            scenes=join_scenes(chunks),
-            tokens=torch.from_numpy(np.concatenate([chunk[3] for chunk in chunks])),
-            facts=torch.from_numpy(np.concatenate([chunk[4] for chunk in chunks])),
-            nothing=torch.from_numpy(tokenize(tokenizer, list(NEGATIVES))),
-            prefix=torch.tensor(tokenizer(TEMPLATE.split("{}")[0]).input_ids),
-            padding=tokenizer.pad_token_id,
-        )
+        return join_chunks(chunks)
+
+
+class Made:
+    """The set that was made beforehand; used like `Maker`."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            self.chunk: Chunk = tuple(file[name] for name in CHUNK_PARTS)
+        self.tasks = [self.chunk]
+
+    def scenes_so_far(self, number: int) -> SceneBatch:
+        """The first 32,000 scenes, for `Maker` gives no more of them before it has finished."""
+        return join_scenes([self.chunk])[slice(0, 8 * CHUNK)]
+
+    def finish(self) -> TrainingSet:
+        return join_chunks([self.chunk])
+
+
+def join_chunks(chunks: list[Chunk]) -> TrainingSet:
+    tokenizer = build_tokenizer()
+    return TrainingSet(
+        scenes=join_scenes(chunks),
+        tokens=torch.from_numpy(np.concatenate([chunk[3] for chunk in chunks])),
+        facts=torch.from_numpy(np.concatenate([chunk[4] for chunk in chunks])),
+        nothing=torch.from_numpy(tokenize(tokenizer, list(NEGATIVES))),
+        prefix=torch.tensor(tokenizer(TEMPLATE.split("{}")[0]).input_ids),
+        padding=tokenizer.pad_token_id,
+    )
 
 
 def join_scenes(chunks: list[Chunk]) -> SceneBatch:
     kinds = torch.from_numpy(np.concatenate([chunk[1] for chunk in chunks]))
     return SceneBatch(
-        geometry=torch.from_numpy(np.concatenate([chunk[0] for chunk in chunks])),
+        geometry=torch.from_numpy(np.concatenate([chunk[0] for chunk in chunks])).float(),
         shape=kinds[:, 0],
         colour=kinds[:, 1],
         background=torch.from_numpy(np.concatenate([chunk[2] for chunk in chunks])),
@@ -131,3 +166,24 @@ def tokenize(tokenizer: Qwen2Tokenizer, texts: list[str]) -> NDArray[np.int16]:
             tail = tail[: TEXT_LENGTH - SUFFIX_TOKENS] + tail[-SUFFIX_TOKENS:]
         result[row, : len(tail)] = tail
     return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="NumPy file (.npz) to write")
+    parser.add_argument("--scenes", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    maker = Maker(args.scenes, args.seed, workers=os.cpu_count())
+    chunks = [task.result() for task in maker.tasks]
+    maker.pool.shutdown()
+    joined = [np.concatenate([chunk[part] for chunk in chunks]) for part in range(len(CHUNK_PARTS))]
+    joined[0] = joined[0].astype(np.float16)  # an eighth of a pixel
+    np.savez_compressed(args.file, **dict(zip(CHUNK_PARTS, joined, strict=True)))
+    print(f"{len(joined[0])} scenes: {args.file}, {args.file.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -251,7 +251,21 @@ def save_models(
     """Writes copies of both in bf16; with `save_frame` the checkpoint is whole."""
     for name, model in (("text_encoder", text_encoder), ("transformer", transformer)):
         copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder / name)
+        settle_config(folder / name / "config.json")
     make_readable(folder)
+
+
+def settle_config(path: Path) -> None:
+    """Takes out how training loaded the model; notes the latent size it draws, for the default size."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for field in ("_name_or_path", "dtype"):
+            part.pop(field, None)
+    if path.parent.name == "text_encoder":
+        config["dtype"] = "bfloat16"
+    if path.parent.name == "transformer":
+        config["_sample_size"] = 2 * GRID
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def make_readable(folder: Path) -> None:

@@ -9,16 +9,15 @@ import random
 from dataclasses import dataclass
 
 import torch
-from grammar import COLOURS, MAX_COUNT, MAX_GROUPS, SHAPES, Group, Scene
+from grammar import COLOURS, MAX_SHAPES, SHAPES, Group, Scene
 from torch import Tensor
 
 CANVAS = 256
 BORDER = 8.0  # kept free at each side of the picture
 GAP = 6.0  # between the boxes of two shapes
 BIGGEST_RADIUS = 54.0
-SIZE_FACTORS = {"small": 0.5, "medium": 0.72, "big": 1.0}
-MAX_SHIFT = 22.0  # of a shape from the middle of its place
-MAX_SHAPES = MAX_GROUPS * MAX_COUNT
+SIZE_FACTORS = {"small": 0.58, "medium": 0.77, "big": 1.0}
+MAX_SHIFT = 10.0  # of a shape from the middle of its place
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 35),

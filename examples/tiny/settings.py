@@ -27,6 +27,7 @@ class Settings:
     compile: bool
     graph: bool
     vae: Path | None
+    data: Path | None
     device: torch.device = field(
         default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -50,6 +51,7 @@ def read_settings(description: str | None) -> Settings:
     parser.add_argument(
         "--vae", type=Path, help="checkpoint whose VAE to start from; that of --start if not given"
     )
+    parser.add_argument("--data", type=Path, help="scenes made by data.py, instead of making them now")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="without CUDA graphs")
     args = parser.parse_args()

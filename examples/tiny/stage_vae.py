@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 import torch
-from data import CHUNK, Maker
+from data import CHUNK, Made, Maker
 from diffusers import AutoencoderKLQwenImage
 from flat_vae import LATENT_CHANNELS, LATENT_NOISE, FlatVae, pack
+from grammar import MAX_SHAPES, SHAPES
 from models import GRID
 from scenes import CANVAS, SceneBatch, palette_tensor, render
 from settings import Settings, note
@@ -24,16 +25,17 @@ def load_vae(folder: Path) -> FlatVae:
     return flat
 
 
-def train_vae(flat: FlatVae, maker: Maker, settings: Settings) -> FlatVae:
+def train_vae(flat: FlatVae, maker: Maker | Made, settings: Settings) -> FlatVae:
     flat = flat.to(settings.device, memory_format=torch.channels_last)
     trained = [parameter for parameter in flat.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, settings.device)
     scenes = maker.scenes_so_far(min(8, len(maker.tasks))).to(settings.device)
     stock = draw_stock(scenes, settings.device)
+    chances = crop_chances(scenes)
     note(f"{len(stock)} pictures drawn for the VAE")
 
     def take_step() -> tuple[Tensor, Tensor]:
-        pictures = pick_crops(stock, scenes, settings.batch_vae)
+        pictures = pick_crops(stock, scenes, chances, settings.batch_vae)
         with torch.autocast(settings.device.type, torch.bfloat16):
             latents = flat.encode(pictures)
             decoded = flat.decode(latents + LATENT_NOISE * torch.randn_like(latents))
@@ -70,12 +72,19 @@ def draw_stock(scenes: SceneBatch, device: torch.device) -> Tensor:
     return torch.cat(stock)
 
 
-def pick_crops(stock: Tensor, scenes: SceneBatch, number: int) -> Tensor:
+def crop_chances(scenes: SceneBatch) -> Tensor:
+    """Cumulative chances (N * 6,) of the shapes to be a crop's middle: small ones more, stars even more."""
+    radius = scenes.geometry[..., 2].clamp(min=1)
+    stars = 1 + 2 * (scenes.shape == SHAPES.index("star"))
+    chances = torch.where(scenes.shape >= 0, stars / radius, 0).double().flatten().cumsum(0)
+    return (chances / chances[-1]).float()
+
+
+def pick_crops(stock: Tensor, scenes: SceneBatch, chances: Tensor, number: int) -> Tensor:
     """Random 96x96 crops (N, 3, 96, 96) in [-1, 1] near a shape, half of them turned upside down."""
     device = stock.device
-    index = torch.randint(len(stock), (number,), device=device)
-    num_shapes = (scenes.shape[index] >= 0).sum(dim=1)
-    slot = (torch.rand(number, device=device) * num_shapes).long()
+    drawn = torch.searchsorted(chances, torch.rand(number, device=device)).clamp(max=len(chances) - 1)
+    index, slot = drawn // MAX_SHAPES, drawn % MAX_SHAPES
     middle = scenes.geometry[index, slot, :2] + CROP_SHIFT * (2 * torch.rand(number, 2, device=device) - 1)
     left, top = (middle - CROP / 2).clamp(0, CANVAS - CROP).long().T[:, :, None]
     index = index[:, None, None, None]

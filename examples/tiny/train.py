@@ -3,6 +3,7 @@
     python train.py OUT --minutes 9                       # on one H100
     python train.py OUT --start OLD --minutes 5           # go on from a checkpoint, with its VAE
     python train.py OUT --vae OLD --minutes-vae 1.3       # train OLD's VAE further, the rest anew
+    python train.py OUT --data FILE                       # scenes that data.py made beforehand
 
 The learning rates follow the clock: the VAE stops after its minutes, the transformer when all minutes
 are used. Seeds are fixed; the number of steps depends on the machine.
@@ -12,7 +13,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from data import FACT_CLASSES, IGNORED, Maker, TrainingSet
+from data import FACT_CLASSES, IGNORED, Made, Maker, TrainingSet
 from diffusers import QwenImageTransformer2DModel
 from flat_vae import FlatVae
 from models import (
@@ -40,7 +41,7 @@ SHIFT = math.exp(0.5)  # of the sigmas, as the scheduler shifts them for 256 ima
 
 def main() -> None:
     settings = read_settings(__doc__)
-    maker = Maker(settings.scenes, settings.seed)
+    maker = Made(settings.data) if settings.data else Maker(settings.scenes, settings.seed)
     maker.scenes_so_far(1)  # the processes exist before CUDA starts
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
