@@ -116,17 +116,18 @@ if triton_is_installed():
         sum_scale = zero
         sum_shift = zero
         first = program * ROWS
-        last = tl.minimum(first + ROWS, num_tokens)
-        for token in range(first, last):
+        for row in range(ROWS):
+            token = first + row
+            there = inside & (token < num_tokens)
             at = token * D + column
             grad = zero
             if HAS_TOTAL:
-                grad = tl.load(grad_total_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                grad = tl.load(grad_total_ptr + at, mask=there, other=0.0).to(tl.float32)
             if HAS_NORM:
-                x = tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                grad_h = tl.load(grad_h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
+                grad_h = tl.load(grad_h_ptr + at, mask=there, other=0.0).to(tl.float32)
                 mean = tl.sum(x, 0) / D
-                centred = tl.where(inside, x - mean, 0.0)
+                centred = tl.where(there, x - mean, 0.0)
                 inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
                 normalised = centred * inverse
                 sum_scale += grad_h * normalised
@@ -134,11 +135,11 @@ if triton_is_installed():
                 grad_n = grad_h * slope
                 along = tl.sum(grad_n * normalised, 0) / D
                 grad += inverse * (grad_n - tl.sum(grad_n, 0) / D - normalised * along)
-                tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+                tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=there)
             if HAS_GATE:
-                y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                y = tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
                 sum_gate += grad * y
-                tl.store(grad_y_ptr + at, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=inside)
+                tl.store(grad_y_ptr + at, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=there)
         sums = sums_ptr + program * 3 * D + column
         tl.store(sums, sum_gate, mask=inside)
         tl.store(sums + D, sum_scale, mask=inside)

@@ -340,8 +340,8 @@ class TrainConfig:
         if not self.is_lora:
             if self.base_weights != "plain" or self.vram_limit is not None:
                 raise ValueError(
-                    "base_weights and vram_limit are for the frozen weights under a LoRA; training whole models "
-                    "has none."
+                    "base_weights and vram_limit are for the frozen weights under a LoRA; whole models have "
+                    "none."
                 )
             if self.align_to_opensource_format or self.lora_format:
                 raise ValueError(
