@@ -2,6 +2,9 @@
 
 import random
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
 
+import data
 from flat_vae import FlatVae
-from grammar import Caption, Group, Scene, default_background, is_held_out, sample_scene, write_caption
+from grammar import (
+    SHAPES,
+    Caption,
+    Group,
+    Scene,
+    default_background,
+    is_held_out,
+    sample_scene,
+    write_caption,
+)
 from judge import judge
 from models import RealRope, encode_text, joint_rope, make_text_encoder, make_transformer, predict_velocity
-from scenes import batch_scenes, lay_out, render
+from scenes import SceneBatch, batch_scenes, lay_out, render
+from stage_vae import crop_chances
 from tokenizer import PREFIX_TOKENS, SUFFIX_TOKENS, TEMPLATE, build_tokenizer, save_tokenizer
 from transformers import Qwen2Tokenizer
 
@@ -149,3 +163,25 @@ def test_training_forward_is_the_stock_forward() -> None:
         blocks = list(transformer.transformer_blocks)
         ours = predict_velocity(transformer, latents, text, additive, sigma, rope, blocks)
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-4)
+
+
+def test_a_set_made_beforehand_is_the_one_made_while_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 20)  # inherited by the processes, which are forked
+    monkeypatch.setattr(
+        data, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=get_context("fork"))
+    )
+    data.save_set(tmp_path / "set.npz", 40, seed=3)
+    made, now = data.Made(tmp_path / "set.npz").finish(), data.Maker(40, seed=3).finish()
+    for name in ("tokens", "facts", "nothing", "prefix"):
+        assert torch.equal(getattr(made, name), getattr(now, name))
+    assert torch.equal(made.scenes.shape, now.scenes.shape)
+    assert (made.scenes.geometry - now.scenes.geometry).abs().max() <= 0.125
+    assert (made.scenes.shape >= 0).sum(dim=1).max() <= 6
+
+
+def test_crops_are_near_small_stars_more_often():
+    shape = torch.tensor([[SHAPES.index("circle"), SHAPES.index("star"), -1, -1, -1, -1]], dtype=torch.int8)
+    geometry = torch.tensor([[[50.0, 50.0, 20.0], [180.0, 180.0, 20.0]] + [[0.0] * 3] * 4])
+    zero = torch.zeros(1, dtype=torch.int8)
+    chances = crop_chances(SceneBatch(geometry=geometry, shape=shape, colour=shape, background=zero))
+    assert torch.allclose(chances, torch.tensor([0.25, 1, 1, 1, 1, 1]))
