@@ -6,6 +6,7 @@ A pipeline's `__call__` checks its arguments, has `prepare_...` make `DenoiseInp
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -19,13 +20,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
+from diffusers_qwenimage.graphs import release_when_full
 from diffusers_qwenimage.loading import check_source, model_folder
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder, pad, unpad
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
 from .lora import QwenImageLoraMixin
+from .presets import PresetMixin
 from .sizes import PUBLISHED_SAMPLE_SIZE, recorded_sample_size, warn_if_far
+from .speed import SpeedMixin
 from .text import Text, check_text, guidance_is_on, join_negative
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ OUR_CLASSES = {"transformer": "QwenImageTransformer2DModel", "vae": "Autoencoder
 CallbackOnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
+class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImageLoraMixin):
     """Base of the pipelines.
 
     Args:
@@ -146,6 +150,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
         new = cls(**components)
         if name_or_path := pipeline.config.get("_name_or_path"):
             new.register_to_config(_name_or_path=name_or_path)
+        new._take_preset(pipeline)
         return new if dtype is None else new.to(dtype=dtype)
 
     # --- text ---
@@ -304,6 +309,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
         self,
         inputs: DenoiseInputs,
         *,
+        interval: tuple[float, float] = (0.0, 1.0),
         output_type: str,
         return_dict: bool,
         callback_on_step_end: CallbackOnStepEnd | None,
@@ -311,6 +317,7 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
         finish: Callable[[Any], Any] = lambda pictures: pictures,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Denoise, decode, and give back pictures as asked; `finish` may change them."""
+        inputs = replace(inputs, guidance_interval=interval, step_cache=self.step_cache)
         self._num_timesteps = len(inputs.timesteps)
         try:
             with self.progress_bar(total=len(inputs.timesteps)) as progress:
@@ -332,7 +339,9 @@ class QwenImagePipelineBase(DiffusionPipeline, QwenImageLoraMixin):
 
     def _decode(self, latents: Tensor, inputs: DenoiseInputs, output_type: str) -> Any:
         _, rows, columns = inputs.image_shapes[0]
-        pixels = packing.decode(self.vae, latents, rows, columns)
+        pixels = release_when_full(
+            self.transformer, lambda: packing.decode(self.vae, latents, rows, columns)
+        )
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _observer(

@@ -14,13 +14,15 @@ from diffusers_qwenimage.images import ImageInput, prepare_images
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
-from .text import Text
+from .presets import with_preset
+from .text import Text, guidance_interval
 from .text_to_image import check_latents
 
 
 class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
     """Image to image with Qwen-Image; arguments and results are those of diffusers' pipeline of this name."""
 
+    @with_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -49,6 +51,8 @@ class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
         max_sequence_length: int = 512,
         *,
         seed: int | None = None,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Change pictures as prompts say. Arguments not listed here are those of `QwenImagePipeline`.
 
@@ -59,6 +63,7 @@ class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
             strength: in (0, 1]; that part of the steps is run. Near 0 the picture hardly changes.
             latents: packed latents to start from, already at the noise of the first step.
         """
+        interval = guidance_interval(cfg_start, cfg_end)
         rows, columns = self._begin(
             height,
             width,
@@ -96,6 +101,7 @@ class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
         )
         return self._run(
             inputs,
+            interval=interval,
             output_type=output_type,
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,

@@ -18,7 +18,8 @@ from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
 from .image_to_image import clean_and_noise, for_each_picture
-from .text import Text
+from .presets import with_preset
+from .text import Text, guidance_interval
 from .text_to_image import check_latents
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
             do_convert_grayscale=True,
         )
 
+    @with_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -75,6 +77,8 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
         max_sequence_length: int = 512,
         *,
         seed: int | None = None,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Repaint what the mask shows white. Arguments not listed are those of the image-to-image pipeline.
 
@@ -87,6 +91,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
                 back; needs Pillow images and `output_type="pil"`.
             strength: in (0, 1]; at 1 the masked region is drawn anew.
         """
+        interval = guidance_interval(cfg_start, cfg_end)
         rows, columns = self._begin(
             height,
             width,
@@ -136,6 +141,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
 
         return self._run(
             replace(inputs, attention_kwargs=attention_kwargs or {}),
+            interval=interval,
             output_type=output_type,
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,

@@ -76,8 +76,8 @@ class SpeedMixin:
     ) -> Choices:
         """Choose for this machine what makes the pipeline fast, set it, and say what was chosen and why.
 
-        Call it after `.to(device)` and before LoRAs are loaded or weights streamed. Without arguments all of
-        it is exact to rounding.
+        Call it after `.to(device)` and before LoRAs are loaded or weights streamed. The transformer's weights
+        are frozen. Without arguments all of it is exact to rounding.
 
         Args:
             weights: "fp8", "int8" or "fp8-storage" quantises the transformer; None keeps its type.
@@ -158,6 +158,7 @@ def _choose_kernels(transformer: QwenImageTransformer2DModel, chosen: Choices) -
     if found.name == "off":
         chosen.add("kernels", "plain torch", found.reason)
         return
+    transformer.requires_grad_(False)  # weights that are trained keep their memory
     groups = fuse_(transformer)
     chosen.add("kernels", "fused path", f"{found.reason}; {groups} groups of q, k, v are one product each")
 

@@ -12,12 +12,14 @@ from diffusers_qwenimage.denoise import DenoiseInputs
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
-from .text import Text
+from .presets import with_preset
+from .text import Text, guidance_interval
 
 
 class QwenImagePipeline(QwenImagePipelineBase):
     """Text to image with Qwen-Image; arguments and results are those of diffusers' QwenImagePipeline."""
 
+    @with_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -44,6 +46,8 @@ class QwenImagePipeline(QwenImagePipelineBase):
         max_sequence_length: int = 512,
         *,
         seed: int | None = None,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -68,10 +72,13 @@ class QwenImagePipeline(QwenImagePipelineBase):
             callback_on_step_end_tensor_inputs: what it is given: "latents", "prompt_embeds".
             max_sequence_length: tokens kept of a prompt, at most 1024.
             seed: shorthand for a CPU generator with this seed; not together with `generator`.
+            cfg_start, cfg_end: part of the steps in which guidance acts, as fractions; outside of it a step
+                costs half and the negative prompt has no effect.
 
         Raises:
             ValueError: for arguments that contradict each other or cannot be met; the message says which.
         """
+        interval = guidance_interval(cfg_start, cfg_end)
         rows, columns = self._begin(
             height,
             width,
@@ -106,6 +113,7 @@ class QwenImagePipeline(QwenImagePipelineBase):
         )
         return self._run(
             inputs,
+            interval=interval,
             output_type=output_type,
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,

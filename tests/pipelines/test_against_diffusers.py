@@ -227,8 +227,9 @@ def test_signatures_are_those_of_diffusers():
     for name, _ in TASKS.values():
         ours = inspect.signature(getattr(diffusers_qwenimage, name).__call__).parameters
         stock = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert list(ours) == [*stock, "seed"]  # the one addition, by keyword only
-        assert ours["seed"].kind is inspect.Parameter.KEYWORD_ONLY
+        added = ("seed", "cfg_start", "cfg_end")
+        assert list(ours) == [*stock, *added]
+        assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
         for parameter in stock.values():
             if parameter.name != "callback_on_step_end_tensor_inputs":  # a list there, a tuple here
                 assert ours[parameter.name].default == parameter.default, (name, parameter.name)
