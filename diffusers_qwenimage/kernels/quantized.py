@@ -34,15 +34,18 @@ if triton_is_installed():
 if triton_is_installed():
 
     @triton.jit
+    def _rotation_stage(x, BLOCK: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+        pairs = tl.permute(tl.reshape(x, (BLOCK // (2 * HALF), 2, HALF)), (0, 2, 1))
+        first, second = tl.split(pairs)
+        both = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+        return tl.reshape(both, (BLOCK,)) * 0.7071067811865476
+
+    @triton.jit
     def rotate_row(x, BLOCK: tl.constexpr, ROTATION: tl.constexpr):  # type: ignore[no-untyped-def]
         """x [BLOCK], fp32, with blocks of ROTATION (at most 256) values times the Hadamard matrix."""
         for stage in tl.static_range(8):
-            half: tl.constexpr = ROTATION >> (stage + 1)
-            if half > 0:  # add and subtract values `half` apart
-                pairs = tl.permute(tl.reshape(x, (BLOCK // (2 * half), 2, half)), (0, 2, 1))
-                first, second = tl.split(pairs)
-                both = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
-                x = tl.reshape(both, (BLOCK,)) * 0.7071067811865476
+            if ROTATION >> (stage + 1) > 0:  # add and subtract values so far apart
+                x = _rotation_stage(x, BLOCK, ROTATION >> (stage + 1))
         return x
 
     @triton.jit
@@ -75,7 +78,8 @@ if triton_is_installed():
         x = tl.load(x_ptr + token * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
         if GELU:
             inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-            x = x * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh(inner))
+            small = tl.exp(-2 * tl.abs(inner))
+            x = x * tl.where(inner > 0, 1.0, small) / (1 + small)  # x (1 + tanh(inner)) / 2
         values, scale = quantize_row(x, LIMIT, BLOCK, ROTATION)
         tl.store(q_ptr + token * D + column, values.to(q_ptr.dtype.element_ty), mask=inside)
         tl.store(scale_ptr + token, scale)

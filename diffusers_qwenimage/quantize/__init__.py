@@ -6,7 +6,7 @@ Kinds: "fp8", "int8", "fp8-storage"; see `quantize_`. A quantised layer is a `Qu
 scale per output channel and its bias are plain tensors that may be moved or replaced at any time.
 """
 
-from .apply import SKIPPED, is_quantized, quantize_
+from .apply import MODULATION, OUTSIDE_BLOCKS, SKIPPED, is_quantized, quantize_
 from .layers import KINDS, QuantizedLinear
 
-__all__ = ["KINDS", "SKIPPED", "QuantizedLinear", "is_quantized", "quantize_"]
+__all__ = ["KINDS", "MODULATION", "OUTSIDE_BLOCKS", "SKIPPED", "QuantizedLinear", "is_quantized", "quantize_"]

@@ -45,6 +45,7 @@ class QuantizedLinear(nn.Linear):
         bias: [O] in the type of the model, or None.
         kind: a key of `SCHEMES`.
         rotation: size of the rotated blocks of inputs.
+        compute_dtype: type of the model.
 
     Casting (`.to(dtype)`, `.half()`) changes the bias alone. Gradients reach the inputs and the bias.
     """
@@ -74,6 +75,7 @@ class QuantizedLinear(nn.Linear):
             )
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.kind = kind
+        self.compute_dtype = dtype or torch.get_default_dtype()  # what PEFT makes adapters of
         self.rotation = rotation_of(scheme, in_features)
         weight = torch.empty(out_features, in_features, device=device, dtype=scheme.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -127,7 +129,7 @@ class QuantizedLinear(nn.Linear):
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = quantized_linear(flat, self)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
@@ -140,7 +142,8 @@ class QuantizedLinear(nn.Linear):
             result = fn(tensor)
             own = tensor is self.weight or tensor is self.weight_scale
             if own and tensor.dtype in kept and result.dtype != tensor.dtype:
-                result = tensor.to(result.device)  # cast back, the weight would still be right but not scales
+                self.compute_dtype = result.dtype
+                result = tensor.to(result.device)
             return result
 
         super()._apply(moved, recurse)
