@@ -1,0 +1,112 @@
+"""What the tests of streaming share: tiny models with inputs, and a lane that copies as late as it may."""
+
+import contextlib
+
+import components
+import diffusers
+import model_files
+import torch
+
+from diffusers_qwenimage import QwenImageTransformer2DModel
+from diffusers_qwenimage.offload import plan_stream, state
+
+NUM_BLOCKS = 5
+BUDGETS = (0.0, 0.1, 0.35, 0.7, 1.0)  # from the smallest to everything
+
+
+def transformer(dtype=torch.float32, *, seed=0, **config):
+    """Our tiny transformer."""
+    torch.manual_seed(seed)
+    settings = {**components.TRANSFORMER, "num_layers": NUM_BLOCKS, **config}
+    return QwenImageTransformer2DModel(**settings).to(dtype).eval().requires_grad_(False)
+
+
+def transformer_inputs(dtype=torch.float32, batch=2, lengths=None):
+    inputs = components.transformer_inputs([(1, 4, 6)], batch)
+    if lengths is not None:
+        inputs["encoder_hidden_states"] = [components.random(n, components.WIDTH, seed=n) for n in lengths]
+    return {key: _cast(value, dtype) for key, value in inputs.items()}
+
+
+def stock_transformer(dtype=torch.float32):
+    torch.manual_seed(0)
+    settings = {**components.TRANSFORMER, "num_layers": NUM_BLOCKS}
+    return diffusers.QwenImageTransformer2DModel(**settings).to(dtype).eval()
+
+
+def text_encoder(dtype=torch.float32):
+    torch.manual_seed(0)
+    return model_files.tiny_text_encoder(500).to(dtype).eval()
+
+
+def text_inputs():
+    ids = torch.randint(1, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def run(model, inputs):
+    """What the model computes: one tensor."""
+    output = model(**inputs)
+    return (output.sample if hasattr(output, "sample") else output.logits).clone()
+
+
+def limit_of(model, share, **settings):
+    """A budget between the smallest (0) and that of everything (1)."""
+    whole = plan_stream(model, None, device="cpu", **settings)
+    return int(whole.smallest_bytes + share * (whole.resident_bytes - whole.smallest_bytes))
+
+
+class LateLane:
+    """A device that copies as late as it may: when somebody waits. Until then the target holds no numbers.
+
+    It checks that no tensor of the model lies where something is copied to.
+    """
+
+    model = None
+
+    def __init__(self, device):
+        self._queue = []
+
+    def mark(self):
+        return {"copies": 0}
+
+    def copy(self, target, source, *, after, done):
+        start, end = target.data_ptr(), target.data_ptr() + target.numel()
+        for name, tensor in self.model.named_parameters():
+            assert not start <= tensor.data_ptr() < end, f"{name} is in use"
+        target.fill_(255)  # all bits: not a number in every floating-point type
+        self._queue.append((target, source))
+        for mark in done:
+            mark["copies"] = len(self._queue)
+
+    def reach(self, mark):
+        pass
+
+    def wait(self, mark):
+        for index in range(mark["copies"]):
+            if self._queue[index] is not None:
+                target, source = self._queue[index]
+                target.copy_(source)
+                self._queue[index] = None
+
+    def host_wait(self, mark):
+        self.wait(mark)
+
+    def drain(self):
+        self.wait({"copies": len(self._queue)})
+
+
+@contextlib.contextmanager
+def late_lane(monkeypatch, model):
+    """Stream through a `LateLane`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "lane_to", LateLane)
+        patch.setattr(LateLane, "model", model)
+        yield
+
+
+def _cast(value, dtype):
+    if isinstance(value, list) and torch.is_tensor(value[0]):
+        return [item.to(dtype) for item in value]
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
