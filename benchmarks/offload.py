@@ -32,7 +32,8 @@ from diffusers_qwenimage.transformer import Modulation
 GIB = 2**30
 TEXT_TOKENS = (128, 10)
 STEPS = 3  # timed together
-SPARE = 48 * 2**20  # what the allocator may lose between pieces of other sizes
+SPARE = 128 * 2**20  # what the allocator may lose between pieces of other sizes
+FIRST_GUESS = 1536 * 2**20  # of what a step needs beside the weights, until it was measured
 Note = Callable[..., None]
 
 
@@ -121,7 +122,7 @@ def measure_budgets(
     note("smallest budget for weights, 2 slots", least.smallest_overlapping_bytes / GIB, "GiB")
     note("smallest budget for weights, 1 slot", least.smallest_bytes / GIB, "GiB")
     results: dict[str, Tensor] = {}
-    beside = None
+    beside = FIRST_GUESS
     for number in slots:
         results[f"{number} slots"], beside = measure(
             model,
@@ -134,9 +135,7 @@ def measure_budgets(
             note,
         )
     for budget in budgets:
-        limit = least.smallest_overlapping_bytes
-        if beside is not None:
-            limit = max(int(budget * GIB) - beside - SPARE, least.smallest_bytes)
+        limit = max(int(budget * GIB) - beside - SPARE, least.smallest_bytes)
         label = f"budget {budget:g} GiB"
         results[label], beside = measure(model, step, setting, label, limit, None, budget, note)
     expected = results[f"budget {max(budgets):g} GiB"]
@@ -182,7 +181,7 @@ def measure(
     note(f"{label}, pinned", plan.pinned_bytes / GIB, "GiB")
     note(f"{label}, over the link per step", moved / 1e9, "GB")
     cap(device, None)
-    return result.cpu(), reserved - plan.device_bytes
+    return result.cpu(), peak - plan.device_bytes
 
 
 def measure_peer(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
