@@ -39,27 +39,29 @@ def block_gradients(
     """Gradients of the image and the text stream; those of the LoRA go to `factors`."""
     x = values.image.x
     grad_attended = x.new_empty(call.samples.num_rows, x.shape[1])
-    streams = list(streams_of(call, values))
-    of_modulation = [torch.zeros_like(part.modulation, dtype=torch.float32) for _, part, _ in streams]
-    middle: list[Tensor | None] = []
-    for (stream, part, rows), sums, grad in zip(streams, of_modulation, grads, strict=True):
-        if grad is None:  # the text stream of the last block: nothing comes after it
-            for _, there in rows:
-                grad_attended[there] = 0
-            middle.append(None)
-        else:
+    sums = [torch.zeros_like(part.modulation, dtype=torch.float32) for part in (values.image, values.text)]
+    middle: list[Tensor | None] = [None, None]
+    for place, stream, part, rows in streams_of(call, values):
+        grad = grads[place]
+        if grad is not None:
             grad = grad.contiguous()
-            middle.append(_after_backward(stream, part, rows, factors, grad, grad_attended, sums))
+            middle[place] = _after_backward(stream, part, rows, factors, grad, grad_attended, sums[place])
+            continue
+        for _, there in rows:  # of the text stream of the last block: nothing comes after it
+            grad_attended[there] = 0
     parts = _attention_backward(values, call.samples, grad_attended)
     grad_joint = _rotate_backward(call, values, parts)
-    results: list[Tensor | None] = []
-    for (stream, part, rows), sums, grad, need in zip(streams, of_modulation, middle, needed, strict=True):
-        need_x = need or call.needs_modulation
-        found = _before_backward(stream, part, rows, factors, grad, grad_joint, sums, need_x=need_x)
-        results.append(found if need else None)
+    results: list[Tensor | None] = [None, None]
+    activated = silu(call.temb)
+    for place, stream, part, rows in streams_of(call, values):
+        need_x = needed[place] or call.needs_modulation
+        past, of_stream = middle[place], sums[place]
+        found = _before_backward(stream, part, rows, factors, past, grad_joint, of_stream, need_x=need_x)
+        if needed[place]:
+            results[place] = found
         if call.needs_modulation:
-            of_stream = sums.to(x.dtype)
-            stream.modulation.backward(of_stream, silu(call.temb), part.modulation_hidden, factors, None)
+            of_stream = of_stream.to(x.dtype)
+            stream.modulation.backward(of_stream, activated, part.modulation_hidden, factors, None)
     return results
 
 
@@ -124,7 +126,7 @@ def _rotate_backward(call: Call, values: Values, parts: Sequence[Tensor]) -> Ten
     """Gradient of the joint buffer, [S, 3, H, head_dim]."""
     assert values.joint is not None
     grad_joint = torch.empty_like(values.joint)
-    for stream, _, rows in streams_of(call, values):
+    for _, stream, _, rows in streams_of(call, values):
         for (_, there), table in zip(rows, tables_of(call, stream, rows), strict=True):
             query, key, value = (part[there] for part in parts)
             norm_rotate_backward(

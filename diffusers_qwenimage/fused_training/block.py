@@ -40,6 +40,8 @@ def why_not_trained(
         norm = attn._modules[name]
         if type(norm) is not RMSNorm or is_hooked(norm) or norm.weight.dtype != image.dtype:
             return f"{name} is not a plain RMSNorm of the type of the tokens"
+        if norm.weight.requires_grad:
+            return "other weights than a LoRA's are trained"
     if not (is_plain_feed_forward(block.img_mlp) and is_plain_feed_forward(block.txt_mlp)):
         return "an MLP was changed"
     if not is_idle_dropout(attn.to_out[1]):
@@ -47,9 +49,7 @@ def why_not_trained(
     layers = [find_layer(module, image) for module in _linear_modules(block)]
     if any(layer is None for layer in layers):
         return "a linear layer has another adapter than a plain LoRA, or is hooked or trained"
-    trained = sum(len(layer.parameters) for layer in layers if layer is not None)
-    if trained != sum(parameter.requires_grad for parameter in block.parameters()):
-        return "other weights than a LoRA's are trained"
+    trained = any(layer.parameters for layer in layers if layer is not None)
     return None if trained else "nothing in the block is trained"
 
 
@@ -84,10 +84,10 @@ class _Block(torch.autograd.Function):
         factors = Factors(call.trained, image.dtype)
         values = start_values(call, image, text, factors)
         attend_(call, values, factors)
-        results, lean = [], call.keep is not Keep.ALL
-        for stream, part, rows in streams_of(call, values):
+        results, lean = {}, call.keep is not Keep.ALL
+        for place, stream, part, rows in streams_of(call, values):
             attention_out_(stream, part, values, rows, factors)
-            results.append(mlp_(stream, part, rows, factors, lean=lean))
+            results[place] = mlp_(stream, part, rows, factors, lean=lean)
         if call.keep in (Keep.NOTHING, Keep.HOST):
             values = inputs_of(values)
         elif call.keep is Keep.ATTENTION:

@@ -33,9 +33,9 @@ from .values import (
 
 def start_values(call: Call, image: Tensor, text: Tensor, factors: Factors) -> Values:
     """The inputs of a block and its modulation."""
-    parts = []
+    activated, parts = silu(call.temb), []
     for stream, x in ((call.image, image), (call.text, text)):
-        modulation, hidden = stream.modulation.apply(silu(call.temb), factors)
+        modulation, hidden = stream.modulation.apply(activated, factors)
         parts.append(StreamValues(x=x, modulation=modulation, modulation_hidden=hidden))
     return Values(image=parts[0], text=parts[1])
 
@@ -46,7 +46,7 @@ def attend_(call: Call, values: Values, factors: Factors) -> None:
     head_dim = x.shape[1] // call.heads
     values.joint = x.new_empty(num_rows, 3, call.heads, head_dim)
     values.turned = x.new_empty(num_rows, 2, call.heads, head_dim)
-    for stream, part, rows in streams_of(call, values):
+    for _, stream, part, rows in streams_of(call, values):
         _before_attention_(stream, part, values.joint, rows, factors)
         for (_, place), table in zip(rows, tables_of(call, stream, rows), strict=True):
             turned, joint = values.turned[place], values.joint[place]
@@ -115,7 +115,7 @@ def complete_(call: Call, values: Values, factors: Factors, *, needs_text: bool)
     """Compute again what was not kept and is needed."""
     if values.joint is None:
         attend_(call, values, factors)
-    for stream, part, rows in streams_of(call, values):
+    for _, stream, part, rows in streams_of(call, values):
         if stream is call.text and not needs_text:
             continue
         if part.middle is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_qwenimage.kernels.attention_backward import Attended
+from diffusers_qwenimage.streams import side_of
 
 from .linear import Layer, Three
 
@@ -131,10 +132,17 @@ class Values:
     attended: list[Attended] = field(default_factory=list)
 
 
-def streams_of(call: Call, values: Values) -> Iterator[tuple[Stream, StreamValues, Sequence[Rows]]]:
-    """Layers, values and tokens of the image stream, then of the text stream."""
-    yield call.image, values.image, call.samples.image
-    yield call.text, values.text, call.samples.text
+def streams_of(call: Call, values: Values) -> Iterator[tuple[int, Stream, StreamValues, Sequence[Rows]]]:
+    """Place, layers, values and tokens of the text stream (1), then of the image stream (0).
+
+    On a GPU the loop's body runs for the text on a stream beside: its few tokens cannot fill the device. The
+    bodies must not depend on each other, and what they free must be their own.
+    """
+    side = side_of(call.temb.device, "text", wanted=True)
+    with side:
+        yield 1, call.text, values.text, call.samples.text
+    yield 0, call.image, values.image, call.samples.image
+    side.join()
 
 
 def samples_of(batch: int, num_image: int, lengths: Sequence[int]) -> Samples:

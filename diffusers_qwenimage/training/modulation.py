@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
@@ -150,9 +151,11 @@ def can_tabulate(transformer: Any) -> bool:
 
 
 def _base_of(module: Any) -> Any:
-    if getattr(module, "lora_magnitude_vector", None):  # DoRA needs the weight itself
-        return None
-    return getattr(module, "base_layer", module)
+    if not hasattr(module, "base_layer"):
+        return module
+    if not isinstance(module, LoraLayer) or module.lora_magnitude_vector:
+        return None  # these adapters (LoKr, DoRA) need the weight itself
+    return module.base_layer
 
 
 def _replace(block: Any, name: str) -> TabulatedLinear:

@@ -1,0 +1,169 @@
+"""Ways to train in less memory: results stay the same, and plans keep within what there is."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_data import config
+
+from diffusers_qwenimage.kernels import use_backend
+from diffusers_qwenimage.offload import streamed
+from diffusers_qwenimage.quantize.layers import QuantizedLinear
+from diffusers_qwenimage.training.data import inspect_rows
+from diffusers_qwenimage.training.memory import UNITS, WORKING_UNITS, plan_keep, weights_budget
+from diffusers_qwenimage.training.metadata import read_rows
+from diffusers_qwenimage.training.models import find_models
+from diffusers_qwenimage.training.modulation import ModulationRows, TabulatedLinear
+from diffusers_qwenimage.training.plan import Slot
+from diffusers_qwenimage.training.stopping import StopSignal
+from diffusers_qwenimage.training.trained import copy_mapped_
+from diffusers_qwenimage.training.trainer import Trainer
+
+
+def make_trainer(**changes):
+    settings = config(**changes)
+    samples = inspect_rows(read_rows(settings), settings, progress=False)
+    trainer = Trainer(
+        settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal()
+    )
+    trainer._fill_cache()
+    trainer._prepare_models()
+    torch.manual_seed(3)
+    for name, parameter in trainer.trained.parameters.items():
+        if "lora_B" in name:  # at first B is 0, and so is the gradient of A
+            torch.nn.init.normal_(parameter, std=0.1)
+    return trainer
+
+
+def loss_and_gradients(trainer, batch=2):
+    loss, _ = trainer._loss([Slot(index=i, counter=10 + i) for i in range(batch)])
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in trainer.trained.parameters.items()}
+
+
+def assert_equal(found, expected):
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient is found[1][name] is None or torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.parametrize("backend", ["off", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modulation_from_a_table_is_bit_equal(workplace, dtype, backend):
+    results = []
+    for table in (False, True):
+        trainer = make_trainer(dtype=dtype, modulation_table=table, batch_size=1)
+        assert (trainer.trained.modulation is not None) == table
+        with use_backend(backend):
+            results.append(loss_and_gradients(trainer, batch=1))
+    assert_equal(results[1], results[0])
+    layers = [part for part in trainer.trained.modules["dit"].modules() if isinstance(part, TabulatedLinear)]
+    assert len(layers) == 4  # two blocks of two streams
+    assert not any(parameter.numel() for layer in layers for parameter in layer.parameters())
+
+
+def test_the_modulation_of_coming_steps_is_computed_once(workplace):
+    trainer = make_trainer(batch_size=2, max_steps=20, gradient_accumulation_steps=2)
+    table = trainer.trained.modulation
+    trainer.first_step = 0
+    trainer._prepare_modulation(0)
+    rows = table.num_rows
+    assert 70 < rows <= 80  # of 80 draws from 1000 values, few are equal
+    for step in range(20):
+        for micro in range(2):
+            trainer._loss(trainer.plan.batch(step, micro, 0))
+    assert table.num_rows == rows
+
+
+def test_forgets_rows_when_there_are_too_many(workplace, monkeypatch):
+    monkeypatch.setattr("diffusers_qwenimage.training.modulation.MAX_ROWS", 5)
+    table = make_trainer().trained.modulation
+    table.prepare(torch.linspace(0.1, 0.4, 4))
+    table.prepare(torch.linspace(0.4, 0.8, 5))
+    assert table.num_rows == 5
+    table.select(torch.tensor([0.1]))
+    assert table.num_rows == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"adapter": "dora"}, {"adapter": "lokr", "lora_format": None}, {"trainable_models": "dit"}]
+)
+def test_no_table_where_the_weights_are_needed(workplace, changes):
+    assert make_trainer(**changes).trained.modulation is None
+
+
+def test_a_table_needs_a_modulation_that_depends_on_the_timestep_alone(workplace):
+    transformer = make_trainer(modulation_table=False).trained.modules["dit"]
+    transformer.register_to_config(zero_cond_t=True)
+    with pytest.raises(ValueError, match="more than the timestep"):
+        ModulationRows(transformer, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["off", "reference"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_streaming_the_base_is_bit_equal(workplace, monkeypatch, checkpointing, backend):
+    changes = {"gradient_checkpointing": checkpointing}
+    with use_backend(backend):
+        resident = make_trainer(**changes)
+        copy_mapped_(resident.trained.modules["dit"])  # products on a CPU depend on how memory is aligned
+        expected = loss_and_gradients(resident)
+        # The tiny model's weights are a ten-thousandth of what is counted for workspaces.
+        for name, value in (("RESERVE", 0), ("WORKING_UNITS", 0), ("TEXT_TOKENS", 0)):
+            monkeypatch.setattr(f"diffusers_qwenimage.training.memory.{name}", value)
+        trainer = make_trainer(**changes, vram_limit=limit_for(190_000))
+        plan = streamed(trainer.trained.modules["dit"])
+        assert plan is not None and plan.streamed_bytes > 50_000
+        found = loss_and_gradients(trainer)
+        assert_equal(found, expected)
+        trainer.optimizer.zero_grad()
+        assert_equal(loss_and_gradients(trainer), expected)
+
+
+def limit_for(num_bytes):
+    """A limit, in GB, that leaves about so many bytes for the base of the tiny model."""
+    trainer = make_trainer()
+    trained = sum(p.numel() * p.element_size() for p in trainer.trained.parameters.values())
+    return (num_bytes + 4 * trained) / 2**30
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "fp8-storage"])
+def test_base_in_8_bits(workplace, kind):
+    """Gradients are close to those over the plain base; the frozen layers of the blocks are quantised."""
+    _, expected = loss_and_gradients(make_trainer())
+    trainer = make_trainer(base_weights=kind)
+    layers = [part for part in trainer.trained.modules["dit"].modules() if isinstance(part, QuantizedLinear)]
+    assert len(layers) == 24 and not any(layer.weight.requires_grad for layer in layers)
+    for backend in ("off", "reference"):
+        trainer.optimizer.zero_grad()
+        with use_backend(backend):
+            _, found = loss_and_gradients(trainer)
+        difference = torch.cat([(found[n] - g).flatten() for n, g in expected.items() if g is not None])
+        total = torch.cat([g.flatten() for g in expected.values() if g is not None])
+        # 3 mantissa bits (fp8) or 127 levels a row (int8), in weights and inputs of two blocks
+        assert difference.norm() / total.norm() < 0.15, backend
+
+
+def test_selective_and_offloaded_checkpointing_change_nothing(workplace):
+    with use_backend("reference"):
+        expected = loss_and_gradients(make_trainer())
+        for mode in ("selective", "full", "auto"):
+            assert_equal(loss_and_gradients(make_trainer(gradient_checkpointing=mode)), expected)
+        assert_equal(loss_and_gradients(make_trainer(use_gradient_checkpointing_offload=True)), expected)
+
+
+@pytest.mark.parametrize("free", [0, 29, 60, 88, 89, 100, 200, 2000])
+def test_auto_keeps_what_fits(free):
+    keep = plan_keep("auto", num_blocks=10, unit_bytes=1000, free_bytes=free * 1000)
+    used = sum(UNITS[kept] for kept in keep)
+    if free >= WORKING_UNITS + 10:
+        assert used + WORKING_UNITS <= free
+    better = {"nothing": 2, "attention": 17}
+    if free > 1000:
+        assert keep == ["all"] * 10
+    elif free >= WORKING_UNITS + 10:  # nothing more would fit
+        assert all(kept == "all" or used + WORKING_UNITS + better[kept] > free for kept in keep)
+
+
+def test_a_limit_below_what_is_trained():
+    with pytest.raises(ValueError, match=r"alone take .* GB: lower lora_rank"):
+        weights_budget(2**30, mode="full", num_blocks=60, unit=2**25, trained_bytes=2**29)
