@@ -33,6 +33,7 @@ class Factors:
         self._dtype = dtype
         self._values = _cast([parameter.detach() for parameter in parameters], dtype)
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._flat: Tensor
         self._gradients: list[Tensor] = []
         self._written = [False] * len(parameters)
 
@@ -43,8 +44,8 @@ class Factors:
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Where the weight's gradient is to be written; it then counts as written."""
         if not self._gradients:
-            flat = self._values[0].new_empty(sum(value.numel() for value in self._values))
-            self._gradients = _views(flat, self._values)
+            self._flat = self._values[0].new_empty(sum(value.numel() for value in self._values))
+            self._gradients = _views(self._flat, self._values)
         index = self._index[id(parameter)]
         self._written[index] = True
         return self._gradients[index]
@@ -57,7 +58,7 @@ class Factors:
         if len(dtypes) > 1:
             cast = [g.to(p.dtype) for g, p in zip(self._gradients, self._parameters, strict=True)]
         else:
-            cast = _cast(self._gradients, dtypes.pop())
+            cast = _views(self._flat.to(dtypes.pop()), self._values)
         return [value if there else None for value, there in zip(cast, self._written, strict=True)]
 
 

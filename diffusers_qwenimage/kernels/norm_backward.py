@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, power_of_2
 from .norm import EPSILON
 
 if triton_is_installed():
@@ -82,7 +83,7 @@ def gate_norm_backward_reference(
 
 if triton_is_installed():
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens", "eps"])
     def _kernel(  # type: ignore[no-untyped-def]
         total_ptr,
         y_ptr,
@@ -145,6 +146,8 @@ if triton_is_installed():
         tl.store(sums + D, sum_scale, mask=inside)
         tl.store(sums + 2 * D, sum_shift, mask=inside)
 
+    _run = Launcher(_kernel)
+
 
 def _launch(
     total: Tensor,
@@ -159,29 +162,21 @@ def _launch(
     grad_x = grad_total if scale is None else torch.empty_like(total)
     grad_y = None if y is None else torch.empty_like(total)
     assert grad_x is not None
-    block, programs = triton.next_power_of_2(width), max(triton.cdiv(num_tokens, _ROWS), 1)
+    block, programs = power_of_2(width), max(-(-num_tokens // _ROWS), 1)
     sums = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
-    with torch.cuda.device_of(total):  # Triton launches on the current device
-        _kernel[(programs,)](
-            total,
-            total if y is None else y,
-            total if gate is None else gate,
-            total if scale is None else scale,
-            total if grad_total is None else grad_total,
-            total if grad_h is None else grad_h,
-            grad_x,
-            grad_x if grad_y is None else grad_y,
-            sums,
-            num_tokens,
-            eps,
-            D=width,
-            BLOCK=block,
-            ROWS=_ROWS,
-            HAS_GATE=y is not None,
-            HAS_NORM=scale is not None,
-            HAS_TOTAL=grad_total is not None,
-            num_warps=min(max(block // 512, 1), 16),
-        )
+    tensors = (
+        total,
+        total if y is None else y,
+        total if gate is None else gate,
+        total if scale is None else scale,
+        total if grad_total is None else grad_total,
+        total if grad_h is None else grad_h,
+        grad_x,
+        grad_x if grad_y is None else grad_y,
+        sums,
+    )
+    constants = (width, block, _ROWS, y is not None, scale is not None, grad_total is not None)
+    _run((programs, 1, 1), tensors, (num_tokens, eps), constants, min(max(block // 512, 1), 16))
     grad_gate, grad_scale, grad_shift = sums.sum(0).unbind()
     return NormGradients(
         x=grad_x,

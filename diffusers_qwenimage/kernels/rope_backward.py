@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, power_of_2
 from .rope import EPSILON, _one, _turn
 
 if triton_is_installed():
@@ -62,7 +63,7 @@ def norm_rotate_backward_reference(
 
 if triton_is_installed():
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["eps"])
     def _forward_kernel(  # type: ignore[no-untyped-def]
         out_ptr,
         qkv_ptr,
@@ -99,7 +100,11 @@ if triton_is_installed():
         to = out_ptr + token * (2 * H * DIM) + offsets
         tl.store(to, tl.reshape(turned, (HEADS, BLOCK)).to(kind), mask=inside)
 
-    @triton.jit
+    @triton.jit(
+        do_not_specialize=[
+            *("query_token", "query_head", "key_token", "key_head", "value_token", "value_head", "eps")
+        ]
+    )
     def _backward_kernel(  # type: ignore[no-untyped-def]
         out_ptr,
         qkv_ptr,
@@ -160,13 +165,15 @@ if triton_is_installed():
             result = inverse * (slope - normalised * along)
             tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=inside)
 
+    _run_forward, _run_backward = Launcher(_forward_kernel), Launcher(_backward_kernel)
 
-def _grid(qkv: Tensor, parts: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+
+def _grid(qkv: Tensor, parts: int) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
+    """Programs, and the constants of both kernels."""
     num_tokens, _, num_heads, head_dim = qkv.shape
-    block = triton.next_power_of_2(head_dim)
-    heads = min(triton.next_power_of_2(num_heads), max(1024 // block, 1))
-    sizes = {"H": num_heads, "DIM": head_dim, "HEADS": heads, "BLOCK": block}
-    return (num_tokens, triton.cdiv(num_heads, heads), parts), sizes
+    block = power_of_2(head_dim)
+    heads = min(power_of_2(num_heads), max(1024 // block, 1))
+    return (num_tokens, -(-num_heads // heads), parts), (num_heads, head_dim, heads, block)
 
 
 # 3. Public
@@ -192,9 +199,8 @@ def norm_rotate_to(
     if backend(qkv.device).name != "triton" or qkv.shape[0] == 0:
         norm_rotate_to_reference(out, qkv, query_weight, key_weight, table, eps)
         return
-    grid, sizes = _grid(qkv, 2)
-    with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        _forward_kernel[grid](out, qkv, query_weight, key_weight, table, eps, **sizes, num_warps=4)
+    grid, constants = _grid(qkv, 2)
+    _run_forward(grid, (out, qkv, query_weight, key_weight, table), (eps,), constants, 4)
 
 
 def norm_rotate_backward(
@@ -217,10 +223,8 @@ def norm_rotate_backward(
     if backend(qkv.device).name != "triton" or qkv.shape[0] == 0:
         norm_rotate_backward_reference(out, qkv, query_weight, key_weight, table, gradients, eps)
         return
-    gradients = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in gradients)  # type: ignore[assignment]
-    strides = [stride for gradient in gradients for stride in gradient.stride()[:2]]
-    grid, sizes = _grid(qkv, 3)
-    with torch.cuda.device_of(qkv):
-        _backward_kernel[grid](
-            out, qkv, query_weight, key_weight, table, *gradients, *strides, eps, **sizes, num_warps=4
-        )
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in gradients]
+    strides = [stride for part in parts for stride in part.stride()[:2]]
+    grid, constants = _grid(qkv, 3)
+    tensors = (out, qkv, query_weight, key_weight, table, *parts)
+    _run_backward(grid, tensors, (*strides, eps), constants, 4)
