@@ -26,7 +26,7 @@ class ModelConfig:
             default "./models".
         skip_download: never make a request; the files must be there.
         offload_device: where the model waits while others work (see `enable_vram_management`).
-        offload_dtype: type it waits in.
+        offload_dtype: type it waits in: torch.float8_e4m3fn (scaled per output channel) or the computed one.
     """
 
     path: str | Path | Sequence[str | Path] | None = None

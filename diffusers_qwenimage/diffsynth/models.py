@@ -9,6 +9,8 @@ import torch
 
 from diffusers_qwenimage.checkpoint import Checkpoint, ComponentName, find_components, open_checkpoint
 from diffusers_qwenimage.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from diffusers_qwenimage.pipelines.vram_plan import language_layers
+from diffusers_qwenimage.quantize import quantize_
 
 from .model_config import ModelConfig
 
@@ -19,6 +21,8 @@ LOADERS: Mapping[ComponentName, Callable[..., Any]] = {
     "text_encoder": load_text_encoder,
     "vae": load_vae,
 }
+# offload_dtype -> how it is stored: scaled. A plain cast, as in DiffSynth-Studio, loses small weights.
+STORED_AS = {torch.float8_e4m3fn: "fp8-storage"}
 # Attribute of the pipeline -> where its files lie in a repository of diffusers' layout.
 PATTERNS = {
     "dit": "transformer/diffusion_pytorch_model*.safetensors",
@@ -31,12 +35,13 @@ PATTERNS = {
 def load_models(
     configs: Sequence[ModelConfig], *, dtype: torch.dtype, device: torch.device
 ) -> dict[ComponentName, Any]:
-    """Load all models of `configs`; those with an `offload_device` go there, the others to `device`.
+    """Load all models of `configs` to `device`; those with an `offload_device` go there instead, and those
+    that are stored in another type wait on the CPU.
 
     Raises:
         FileNotFoundError: if a file is missing.
         DownloadError: if a hub cannot deliver.
-        ValueError: if a file is not recognised, or two files hold the same model.
+        ValueError: if a file is not recognised, two files hold the same model, or one cannot be stored so.
     """
     if isinstance(configs, ModelConfig):
         raise ValueError("model_configs must be a list of ModelConfig, got a single one.")
@@ -92,10 +97,21 @@ def _checkpoints(config: ModelConfig) -> list[Checkpoint]:
 def _load(
     name: ComponentName, part: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    if config.offload_dtype is not None and config.offload_dtype != dtype:
-        logger.warning(
-            "The %s is loaded in %s: storing it in %s (offload_dtype) is not available yet.",
-            *(name, dtype, config.offload_dtype),
+    stored = config.offload_dtype
+    if stored is None or stored == dtype:
+        where = device if config.offload_device is None else torch.device(config.offload_device)
+        return LOADERS[name](part, dtype=dtype, device=where)
+    if stored not in STORED_AS:
+        raise ValueError(
+            f"offload_dtype of the {name} is {stored}; it can be {', '.join(map(str, STORED_AS))} (scaled "
+            f"per output channel), or the type that is computed in, {dtype}."
         )
-    where = device if config.offload_device is None else torch.device(config.offload_device)
-    return LOADERS[name](part, dtype=dtype, device=where)
+    model = LOADERS[name](part, dtype=dtype, device="cpu")  # views of the mapped files
+    if name == "vae":
+        logger.info("The VAE has no linear layers; it stays in %s.", dtype)
+        return model
+    for block in model.transformer_blocks if name == "transformer" else language_layers(model):
+        block.to(device)
+        quantize_(block, STORED_AS[stored])
+        block.to("cpu")
+    return model

@@ -19,8 +19,12 @@ from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.images import open_image
 from diffusers_qwenimage.loading import load_scheduler
+from diffusers_qwenimage.offload.stream import device_of
 from diffusers_qwenimage.pipelines.adapters import attach_lora, detach_loras, open_lora
+from diffusers_qwenimage.pipelines.memory import VramManagementMixin
+from diffusers_qwenimage.pipelines.needs import Demand, demand_of
 from diffusers_qwenimage.pipelines.sizes import recorded_sample_size, warn_if_far
+from diffusers_qwenimage.pipelines.vram_plan import Parts
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
@@ -34,7 +38,7 @@ QWEN_IMAGE_TOKENIZER = ModelConfig(model_id="Qwen/Qwen-Image", origin_file_patte
 DEFAULT_SAMPLE_SIZE = 166  # latent pixels on a side: 1328 picture pixels
 
 
-class QwenImagePipeline:
+class QwenImagePipeline(VramManagementMixin):
     """Text to image and image to image. Made by `from_pretrained`.
 
     Attributes:
@@ -95,19 +99,6 @@ class QwenImagePipeline:
             vae=models.get("vae"),
             text_encoder=models.get("text_encoder"),
             tokenizer=None if tokenizer_config is None else find_tokenizer(tokenizer_config),
-        )
-
-    def enable_vram_management(
-        self,
-        num_persistent_param_in_dit: int | None = None,
-        vram_limit: float | None = None,
-        vram_buffer: float = 0.5,
-    ) -> None:
-        """Not there yet: raises `ValueError` saying what to do instead."""
-        raise ValueError(
-            "enable_vram_management is not available yet. Load the models without offload_device and "
-            "offload_dtype if they fit the GPU (about 60 GB in bf16); else use "
-            "diffusers_qwenimage.QwenImagePipeline with enable_model_cpu_offload() or enable_group_offload()."
         )
 
     def load_lora(
@@ -211,8 +202,19 @@ class QwenImagePipeline:
                 final = clean
             else:
                 on_step = _progress(progress_bar_cmd, timesteps)
-                final = denoise(self.dit, self.scheduler, inputs, on_step=on_step)
+                with self._denoising(demand_of(inputs)):
+                    final = denoise(self.dit, self.scheduler, inputs, on_step=on_step)
             return self._decode(final, rows, columns)
+
+    def _vram_parts(self) -> Parts:
+        return Parts(transformer=self.dit, text_encoder=self.text_encoder, vae=self.vae)
+
+    def _vram_demand(self) -> Demand:
+        side = (recorded_sample_size(self.dit) or DEFAULT_SAMPLE_SIZE) // packing.PATCH
+        return Demand(rows=side, columns=side)
+
+    def _vram_device(self, device: str | torch.device | None) -> torch.device:
+        return device_of(self.device if device is None else device)
 
     def _require(self, *names: str) -> None:
         for name in names:
@@ -224,11 +226,11 @@ class QwenImagePipeline:
                     f"{'tokenizer_config' if name == 'tokenizer' else 'model_configs'} of from_pretrained."
                 )
             where = getattr(model, "device", self.device)
-            if where.type != self.device.type:
+            if self._vram is None and where.type != self.device.type:
                 raise ValueError(
-                    f"The {name} is on {where} (its offload_device), but the pipeline computes on "
-                    f"{self.device}; bringing it there by parts is not available yet. Load it without "
-                    f"offload_device, or move it: pipe.{name}.to({str(self.device)!r})."
+                    f"The {name} is on {where} (its offload_device or offload_dtype), but the pipeline "
+                    f"computes on {self.device}. Call pipe.enable_vram_management(), or pipe.{name}.to("
+                    f"{str(self.device)!r})."
                 )
 
     def _encode(
@@ -240,7 +242,8 @@ class QwenImagePipeline:
                 f"A prompt must be one text, got {kinds[0]}. Call once per prompt, or use "
                 "diffusers_qwenimage.QwenImagePipeline for batches."
             )
-        embeds = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, texts, device=self.device)
+        with self._encoding_text():
+            embeds = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, texts, device=self.device)
         for text in texts:
             self._warn_if_cut(text)
         cast = [tensor.to(self.torch_dtype) for tensor in embeds]

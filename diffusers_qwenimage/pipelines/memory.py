@@ -9,6 +9,7 @@ import torch
 
 from diffusers_qwenimage.checkpoint import Checkpoint
 from diffusers_qwenimage.offload import Source
+from diffusers_qwenimage.offload.stream import device_of
 
 from .in_place import open_components
 from .memory_report import MemoryReport, component_reports
@@ -219,7 +220,7 @@ class DiffusersVramMixin(VramManagementMixin):
         )
         pipeline = cls(**waiting.components)
         name = "cuda" if device is None and torch.cuda.is_available() else device or "cpu"
-        target = with_index(torch.device(name))
+        target = device_of(name)
         strict = vram_limit is not None and vram_limit > 0
         pipeline._manage(vram_limit, vram_buffer, target=target, strict=strict, files=waiting.files)
         return pipeline
@@ -279,24 +280,17 @@ class DiffusersVramMixin(VramManagementMixin):
 
     def _vram_device(self, device: str | torch.device | None) -> torch.device:
         if device is not None:
-            return with_index(torch.device(device))
+            return device_of(device)
         if self._vram is not None:
             return self._vram.device
         now: torch.device = self._execution_device
         if now.type == "cpu" and torch.cuda.is_available():
             now = torch.device("cuda")
-        return with_index(now)
+        return device_of(now)
 
     def _shows_progress(self) -> bool:
         settings: dict[str, Any] = getattr(self, "_progress_bar_config", {})
         return not settings.get("disable", False)
-
-
-def with_index(device: torch.device) -> torch.device:
-    """A CUDA device with its number."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _checked(limit: float | None, buffer: float, persistent: int | None) -> int | None:

@@ -12,11 +12,12 @@ at the three moments of a picture
 are on the device, and each fits the budget. Sizes in bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffusers_qwenimage.offload import Source, StreamPlan, plan_stream
 
@@ -32,7 +33,7 @@ from .needs import (
 )
 
 GIB = 2**30
-PREFERRED_TILE = 64  # latent pixels: tiles are not made smaller to keep more of the transformer resident
+PREFERRED_TILE = 96  # latent pixels: tiles are not made smaller to keep more of the transformer resident
 ATTEMPTS = 32
 LANGUAGE_LAYERS = ("model.language_model.layers", "language_model.layers", "model.layers", "layers")
 NOT_RUN = ("lm_head", "model.visual", "visual")  # by text prompts
@@ -187,15 +188,31 @@ class _Planner:
         if self._persistent is None and (budget is None or whole.peak_bytes <= budget):
             return whole
         budget = whole.peak_bytes if budget is None else budget
-        text = self._text_encoder(0)
-        transformer = self._fitting_transformer(budget, text)
-        text = self._fitting_text_encoder(budget, transformer)
-        plan = self._plan(budget, transformer, text, vae_stays=False, tile=None, smallest=smallest)
-        stays = self._plan(budget, transformer, text, vae_stays=True, tile=None, smallest=smallest)
-        if stays.peak_bytes <= budget:
-            return stays
+        least = self._text_encoder(0)
+        transformer = self._fitting_transformer(budget, least)
+        for text in self._text_encoders(least):
+            plan = self._with_vae(budget, transformer, text, smallest)
+            if plan.peak_bytes <= budget:
+                return plan
+        return self._with_vae(budget, self._transformer(0), least, smallest)
+
+    def _with_vae(
+        self, budget: int, transformer: StreamPlan | None, text: StreamPlan | None, smallest: int
+    ) -> PipelinePlan:
+        """The VAE on the device if there is room, else in tiles if there must be."""
+        for stays in (True, False):
+            plan = self._plan(budget, transformer, text, vae_stays=stays, tile=None, smallest=smallest)
+            if plan.peak_bytes <= budget:
+                return plan
         tile = self._tile(budget - plan.resident_bytes - self._vae_bytes)
         return self._plan(budget, transformer, text, vae_stays=False, tile=tile, smallest=smallest)
+
+    def _text_encoders(self, least: StreamPlan | None) -> Iterator[StreamPlan | None]:
+        """Ways to hold the text encoder, the best first: whole, copying while it computes, the least."""
+        if least is not None:
+            yield self._text_encoder(None, in_full=False)
+            yield self._text_encoder(least.smallest_overlapping_bytes)
+        yield least
 
     def _fitting_transformer(self, budget: int, text: StreamPlan | None) -> StreamPlan | None:
         """The plan with most resident weights whose three moments fit the budget."""
@@ -215,20 +232,6 @@ class _Planner:
                 break
             limit = min(limit, plan.device_bytes) - max(excess, 1)
         return plan
-
-    def _fitting_text_encoder(self, budget: int, transformer: StreamPlan | None) -> StreamPlan | None:
-        """Whole where there is room for it in all moments, else as fast as its moment allows."""
-        whole = self._text_encoder(None, in_full=False)
-        room = budget - self._adapters - _resident(transformer)
-        denoise = room - _slots(transformer) - self._denoise
-        decode = room - self._peak_of_decoding(None)
-        if _resident(whole) <= min(denoise, decode, room - self._encode):
-            return whole
-        least = self._text_encoder(0)
-        if least is None:
-            return None
-        overlapping = least.smallest_overlapping_bytes
-        return self._text_encoder(overlapping if overlapping <= room - self._encode else 0)
 
     def _tile(self, room: int) -> int | None:
         if self._parts.vae is None:
@@ -305,15 +308,28 @@ class _Planner:
 def text_encoder_settings(text_encoder: Any) -> StreamSettings:
     """Arguments of `stream` for a text encoder: its layers stream, what prompts do not run stays away."""
     names = dict(text_encoder.named_modules())
-    layers = next((name for name in LANGUAGE_LAYERS if name in names), None)
-    if layers is None:
-        raise ValueError(
-            f"{type(text_encoder).__name__} has none of the lists of layers {', '.join(LANGUAGE_LAYERS)}; "
-            "only Qwen2.5-VL can be streamed."
-        )
+    layers = _layers_name(text_encoder)
     tied = getattr(text_encoder, "all_tied_weights_keys", None) or {}
     aside = [name for name in NOT_RUN if name in names and f"{name}.weight" not in tied]
     return StreamSettings(blocks=[layers], on_call=aside)
+
+
+def language_layers(text_encoder: Any) -> nn.ModuleList:
+    """The layers of the language model in a text encoder."""
+    layers = text_encoder.get_submodule(_layers_name(text_encoder))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _layers_name(text_encoder: Any) -> str:
+    names = dict(text_encoder.named_modules())
+    for name in LANGUAGE_LAYERS:
+        if name in names:
+            return name
+    raise ValueError(
+        f"{type(text_encoder).__name__} has none of the lists of layers {', '.join(LANGUAGE_LAYERS)}; it is "
+        "not a Qwen2.5-VL."
+    )
 
 
 def compute_dtype(parts: Parts) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The DiffSynth-style pipeline: DiffSynth-Studio's README, and the meaning of every argument."""
 
-import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -457,20 +456,3 @@ def test_a_device_that_is_not_there_is_an_error(pipe: QwenImagePipeline) -> None
         QwenImagePipeline.from_pretrained(model_configs=[], tokenizer_config=None)
     with pytest.raises(ValueError, match="no such GPU"):
         pipe("a", **SMALL, rand_device="cuda")
-
-
-def test_offload_settings_say_what_they_do_not_do_yet(
-    model_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = configs(model_folder, offload_device="cpu", offload_dtype=torch.float8_e4m3fn)
-    with caplog.at_level(logging.WARNING):
-        pipe = QwenImagePipeline.from_pretrained(
-            device="cpu", model_configs=settings, tokenizer_config=ModelConfig(model_folder / "tokenizer")
-        )
-    assert "offload_dtype) is not available yet" in caplog.text
-    assert pipe("a", **SMALL).size == (48, 32)
-    with pytest.raises(ValueError, match="not available yet.*enable_model_cpu_offload"):
-        pipe.enable_vram_management()
-    pipe.device = torch.device("cuda")  # as on a machine with a GPU
-    with pytest.raises(ValueError, match=r"the dit is on cpu.*pipe\.dit\.to\('cuda'\)|The dit is on cpu"):
-        pipe("a", **SMALL)
