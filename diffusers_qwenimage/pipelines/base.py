@@ -26,11 +26,15 @@ from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptE
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
+from .in_place import ARGUMENTS
 from .lora import QwenImageLoraMixin
+from .memory import DiffusersVramMixin
+from .needs import Demand, demand_of
 from .presets import PresetMixin
 from .sizes import PUBLISHED_SAMPLE_SIZE, recorded_sample_size, warn_if_far
 from .speed import SpeedMixin
 from .text import Text, check_text, guidance_is_on, join_negative
+from .vram_plan import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +44,9 @@ OUR_CLASSES = {"transformer": "QwenImageTransformer2DModel", "vae": "Autoencoder
 CallbackOnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImageLoraMixin):
+class QwenImagePipelineBase(
+    DiffusersVramMixin, SpeedMixin, PresetMixin, DiffusionPipeline, QwenImageLoraMixin
+):
     """Base of the pipelines.
 
     Args:
@@ -95,7 +101,9 @@ class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImag
 
         Args:
             pretrained_model_name_or_path: folder in diffusers' layout, Hub id, or `modelscope:ORG/NAME`.
-            kwargs: as in diffusers: dtype, device_map, components by name, revision...
+            kwargs: as in diffusers: dtype, device_map, components by name, revision... With `vram_limit`,
+                `weights` ("fp8", "int8") or `device`, weights go from the files straight to where they will
+                live, within the budget: see `from_pretrained_in_place`.
 
         Raises:
             ValueError: if the source is neither a folder nor an id, a weight file is damaged, or the
@@ -105,6 +113,9 @@ class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImag
         if source.startswith("modelscope:"):
             source = str(model_folder(source, revision=kwargs.pop("revision", None)))
         check_source(source)
+        if any(kwargs.get(name) is not None for name in ARGUMENTS):
+            dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+            return cls.from_pretrained_in_place(source, dtype=dtype, **kwargs)
         pipeline = super().from_pretrained(source, **kwargs)
         if isinstance(pipeline, cls) and pipeline.tokenizer is not None:
             pipeline._prompt_encoder.check_tokenizer(pipeline.tokenizer)
@@ -246,7 +257,10 @@ class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImag
             samples = unpad(embeds.to(device), None if mask is None else mask.to(device))
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            samples = self._prompt_encoder.encode(self.text_encoder, self.tokenizer, prompts, device=device)
+            with self._encoding_text():
+                samples = self._prompt_encoder.encode(
+                    self.text_encoder, self.tokenizer, prompts, device=device
+                )
         longest = max(sample.shape[0] for sample in samples)
         if longest > max_sequence_length:
             logger.warning(
@@ -320,7 +334,10 @@ class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImag
         inputs = replace(inputs, guidance_interval=interval, step_cache=self.step_cache)
         self._num_timesteps = len(inputs.timesteps)
         try:
-            with self.progress_bar(total=len(inputs.timesteps)) as progress:
+            with (
+                self._denoising(demand_of(inputs)),
+                self.progress_bar(total=len(inputs.timesteps)) as progress,
+            ):
                 final = denoise(
                     self.transformer,
                     self.scheduler,
@@ -368,6 +385,13 @@ class QwenImagePipelineBase(SpeedMixin, PresetMixin, DiffusionPipeline, QwenImag
             return latents, prompt
 
         return on_step
+
+    def _vram_parts(self) -> Parts:
+        return Parts(transformer=self.transformer, text_encoder=self.text_encoder, vae=self.vae)
+
+    def _vram_demand(self) -> Demand:
+        side = self.default_sample_size // packing.PATCH
+        return Demand(rows=side, columns=side)
 
     # --- what diffusers' users and tools read ---
 
