@@ -9,6 +9,7 @@ Checks the errors of both against fp32. Needs 50 GB of device memory for 60 bloc
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from diffusers_qwenimage import QwenImageTransformer2DModel, fused
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
 from diffusers_qwenimage.kernels import backend, set_backend, use_backend
 from diffusers_qwenimage.projections import fuse_
+from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 TEXT_TOKENS = 128
@@ -41,7 +43,12 @@ CASES = (
     "profile",
     "lora",
     "modulation",
+    "launch",
+    "quantized",
 )
+KINDS = ("fp8", "int8", "fp8-storage")
+# Random weights, 60 blocks: what a kind may be away from bf16. Above it something is wrong, not coarse.
+WORST = {"fp8": 0.15, "int8": 0.15, "fp8-storage": 0.12}
 Arms = dict[str, Callable[[], object]]
 
 
@@ -58,6 +65,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to measure (all)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs on each side of A B B A")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of 8 bits (all)")
     parser.add_argument("--profile", type=Path, help="file for the kernels of one forward")
     args = parser.parse_args()
     set_backend("auto")
@@ -90,8 +98,13 @@ def main() -> None:
             compare_guidance(ours, stock, side, args.repeats, note)
         if wants("streams"):
             compare_streams(ours, side, args.repeats, note)
+        if wants("launch"):
+            measure_launch(ours, side, note)
     if wants("graph"):
         compare_graph(ours, small, args.repeats, note)
+    if wants("quantized"):
+        for kind in args.kinds:
+            compare_quantized(ours, kind, args.sizes, args.repeats, note, args.profile)
     if wants("lora"):
         compare_lora(ours, stock, large, args.repeats, note)
     del stock  # it shares the weights: while it lives, offloading ours frees nothing
@@ -248,14 +261,62 @@ def compare_streams(ours: torch.nn.Module, side: int, repeats: int, note: Callab
         ("step with guidance", guidance_inputs(ours, side)[0]),
     ):
 
-        def two_streams(inputs: dict[str, object] = inputs) -> None:
-            fused.text_beside_image = True
-            ours(**inputs)
+        def one_stream(inputs: dict[str, object] = inputs) -> None:
             fused.text_beside_image = False
+            ours(**inputs)
+            fused.text_beside_image = True
 
-        arms: Arms = {"two streams": two_streams, "one stream": lambda x=inputs: ours(**x)}
+        arms: Arms = {"side streams": lambda x=inputs: ours(**x), "one stream": one_stream}
         for name, figures in in_turn(arms, repeats).items():
             note(f"{side}x{side} {case}, ours, {name}", *figures)
+
+
+@torch.no_grad()
+def measure_launch(ours: torch.nn.Module, side: int, note: Callable[..., None]) -> None:
+    """Time until the call returns, with an idle GPU: what the processor needs for a forward."""
+    one = inputs_of(ours, side)
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        ours(**one)
+        times.append(1e3 * (time.perf_counter() - start))
+    note(f"{side}x{side} forward, ours, until the call returns", statistics.median(times), "ms")
+
+
+@torch.no_grad()
+def compare_quantized(
+    ours: QwenImageTransformer2DModel,
+    kind: str,
+    sizes: list[int],
+    repeats: int,
+    note: Callable[..., None],
+    profile_to: Path | None,
+) -> None:
+    """The block linears in 8 bits beside bf16; all that is not quantised is shared."""
+    with torch.device("meta"):
+        other = QwenImageTransformer2DModel.from_config(ours.config)
+    other.load_state_dict(ours.state_dict(), assign=True)
+    torch.cuda.synchronize()
+    before, start = allocated(), time.perf_counter()
+    number = len(quantize_(other.eval().requires_grad_(False), kind))
+    fuse_(other)
+    torch.cuda.synchronize()
+    note(f"{kind}: quantising {number} layers", time.perf_counter() - start, "s")
+    note(f"{kind}: weights of these layers", allocated() - before, "GiB")
+    for side in sizes:
+        one = inputs_of(ours, side)
+        difference = relative(other(**one)[0], ours(**one)[0])
+        note(f"{side}x{side} forward, {kind} against bf16, relative difference", difference, "")
+        if not difference < WORST[kind]:
+            raise SystemExit(f"{kind} is {difference:.3f} from bf16: wrong, not measured further.")
+        baseline = f"bf16, in turn with {kind}"
+        arms: Arms = {baseline: lambda x=one: ours(**x), kind: lambda x=one: other(**x)}
+        for name, figures in in_turn(arms, repeats).items():
+            note(f"{side}x{side} forward, ours, {name}", *figures)
+        measure_launch(other, side, lambda case, *rest: note(f"{case}, {kind}", *rest))
+    if profile_to:
+        profile(other, max(sizes), profile_to.with_stem(f"{profile_to.stem}-{kind}"))
 
 
 @torch.no_grad()

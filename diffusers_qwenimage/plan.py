@@ -200,6 +200,8 @@ class Plan:
         self._stores: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
+        for name, child in block._modules.items():
+            self._remember(block._modules, name, child)
         for module in _watched(block):
             if not is_hooked(module):
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
@@ -271,8 +273,11 @@ def _is_sharded(attn: Any) -> bool:
 
 
 def _watched(block: Any) -> Iterator[nn.Module]:
-    """The modules that decide how a block is computed; adapters are looked into every time."""
-    yield block
+    """The modules that decide how a block is computed; adapters are looked into every time.
+
+    Not the block itself: a plan that led back to its block would keep both alive until Python looks for
+    cycles, and gigabytes of weights with them.
+    """
     pending = [block.attn, block.img_mlp, block.txt_mlp, *(getattr(block, name) for name in NORMS)]
     while pending:
         module = pending.pop()

@@ -1,8 +1,11 @@
 """The fused path of the transformer against its plain path, with reference operations and with Triton's."""
 
 import copy
+import gc
+import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -293,6 +296,47 @@ def test_moving_and_deepcopy_after_a_fused_call():
     both(ours, moved(inputs, torch.float64), "reference", taken=False)
     _, got = both(ours.float(), inputs, "reference")
     assert attn.is_laid_out and relative(got, plain) < ROUNDING
+
+
+def test_a_model_is_freed_without_a_search_for_cycles():
+    ours = model()
+    both(ours, moved(transformer_inputs([(1, 4, 6)])), "reference")
+    alive = weakref.ref(ours.transformer_blocks[0])
+    gc.disable()
+    del ours
+    assert alive() is None
+    gc.enable()
+
+
+def test_plans_are_made_anew_only_when_something_changed():
+    ours, inputs = model(), moved(transformer_inputs([(1, 4, 6)]))
+    block = ours.transformer_blocks[0]
+
+    def plan_now():
+        plain, got = both(ours, inputs, "reference")
+        assert relative(got, plain) < ROUNDING
+        return block.plan
+
+    first = plan_now()
+    assert (
+        plan_now() is first
+        and copy.deepcopy(block).plan is None
+        and pickle.loads(pickle.dumps(first)) is None
+    )
+    block.attn.to_q.weight.data = block.attn.to_q.weight.data.clone() * 2  # read anew at every call
+    block.attn.add_q_proj.bias = torch.nn.Parameter(2 * block.attn.add_q_proj.bias, requires_grad=False)
+    assert plan_now() is first
+    changes = [
+        lambda: setattr(block.attn, "to_k", copy.deepcopy(block.attn.to_k)),
+        lambda: block.attn.to_v.register_forward_hook(lambda *args: 2 * args[-1]),
+        lambda: setattr(block.img_mlp.net[2], "forward", lambda x: x[..., :48]),
+        lambda: setattr(block.attn.processor, "_attention_backend", "_native_math"),
+    ]
+    for change in changes:
+        change()
+        second = plan_now()
+        assert second is not first and plan_now() is second
+        first = second
 
 
 def test_a_model_without_a_gpu_imports_no_kernels():
