@@ -261,7 +261,7 @@ def fill_factors(model: Any) -> None:
 
 def config_of(**changes: Any) -> TrainConfig:
     """A LoRA run's options."""
-    return TrainConfig(dataset_base_path="", lora_base_model="dit", **changes)
+    return TrainConfig(dataset_base_path="", lora_base_model="dit", dtype="bfloat16", **changes)
 
 
 # --- measuring ---

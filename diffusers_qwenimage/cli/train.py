@@ -10,6 +10,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "train",
         help="train a LoRA or the whole model",
+        usage="qwenimage train --dataset_base_path FOLDER (--lora_base_model dit | --trainable_models dit) "
+        "[--config FILE] [options]",
         description="Train a LoRA or the whole model on pictures with captions. Steps are optimizer steps. "
         "Start it with `accelerate launch` for several GPUs.",
         allow_abbrev=False,

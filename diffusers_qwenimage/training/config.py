@@ -1,10 +1,11 @@
 """`TrainConfig`: every option of the trainer. The text under a field is its `--help`.
 
-The flags of DiffSynth-Studio's `train.py` have their names, meanings and defaults. Steps are optimizer steps
-everywhere. Nothing here imports torch, so `--help` is quick.
+Where a field is True, that is the text of the flag `--no_NAME`, which switches it off. The flags of
+DiffSynth-Studio's `train.py` have their names, meanings and defaults. Steps are optimizer steps everywhere.
+Nothing here imports torch, so `--help` is quick.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Adapter = Literal["lora", "dora", "lokr"]
@@ -67,7 +68,8 @@ class TrainConfig:
     """What to do with pictures that cannot be used: stop with a list of them, or list and leave out."""
 
     cache: bool = True
-    """Keep latents and prompt embeddings on the disk, so that VAE and text encoder leave the memory."""
+    """Encode pictures and captions anew in every step, with VAE and text encoder in memory, instead of once
+    before the first step and from the disk after that."""
 
     cache_path: str | None = None
     """Folder of the cache, which runs may share (default: cache in the output folder)."""
@@ -85,8 +87,8 @@ class TrainConfig:
     tokenizer_path: str | None = None
     """Folder of the tokenizer (default: beside the text encoder, else downloaded)."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that is computed in, and that frozen weights have."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type that is computed in, and that frozen weights have (default: float32 on a CPU, else bfloat16)."""
 
     # --- training ---
 
@@ -224,8 +226,8 @@ class TrainConfig:
     memory block by block; only for a LoRA."""
 
     modulation_table: bool = True
-    """Compute the frozen modulation of the dit once per timestep and keep it in host memory, instead of a
-    third of the weights on the device. Same results."""
+    """Keep the frozen modulation weights of the dit, a third of it, on the device, instead of their values
+    for each timestep in host memory. The results are the same."""
 
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up for one optimizer step."""
@@ -276,6 +278,11 @@ class TrainConfig:
         if self.use_gradient_checkpointing_offload:
             return "offload"
         return "full" if self.use_gradient_checkpointing else self.gradient_checkpointing
+
+    def on_device(self, device_type: str) -> "TrainConfig":
+        """The options with defaults that depend on the device filled in."""
+        dtype = self.dtype or ("float32" if device_type == "cpu" else "bfloat16")
+        return replace(self, dtype=dtype)
 
     def check(self) -> None:
         """Refuse options that are out of range or contradict each other.

@@ -5,6 +5,7 @@ import ast
 import difflib
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
@@ -22,11 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", default=None, help="YAML or TOML file with any of these options"
     )
-    help_texts = field_docs()
+    help_texts, sections = field_docs(), field_sections()
     types = get_type_hints(TrainConfig)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(sections.values())}
     for field in fields(TrainConfig):
         text = help_texts[field.name] + _default_text(field)
-        _add_option(parser, field, types[field.name], text.replace("%", "%%"))
+        _add_option(groups[sections[field.name]], field, types[field.name], text.replace("%", "%%"))
 
 
 def read_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -94,6 +96,17 @@ def field_docs() -> dict[str, str]:
     return docs
 
 
+def field_sections() -> dict[str, str]:
+    """The section of `TrainConfig` that each field stands in: the last `# --- title ---` above it."""
+    sections, title = {}, ""
+    for line in inspect.getsource(TrainConfig).splitlines():
+        if match := re.fullmatch(r"    # --- (.+) ---", line):
+            title = match[1]
+        elif match := re.match(r"    (\w+): ", line):
+            sections[match[1]] = title
+    return {field.name: sections[field.name] for field in fields(TrainConfig)}
+
+
 def _parse_toml(text: str) -> Any:
     if find_spec("tomllib") is None:
         raise ValueError("TOML needs Python 3.11; write the file as YAML.")
@@ -116,15 +129,15 @@ def _default_text(field: "Field[Any]") -> str:
     return f" (default: {field.default})"
 
 
-def _add_option(parser: argparse.ArgumentParser, field: "Field[Any]", kind: Any, text: str) -> None:
-    flag = f"--{field.name}"
+def _add_option(parser: "argparse._ArgumentGroup", field: "Field[Any]", kind: Any, text: str) -> None:
+    kind, flag = _without_none(kind), f"--{field.name}"
     if kind is bool and field.default is True:
         parser.add_argument(
             f"--no_{field.name}",
             dest=field.name,
             action="store_false",
             default=argparse.SUPPRESS,
-            help=f"do not: {text[0].lower()}{text[1:]}",
+            help=text,
         )
     elif kind is bool:
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)

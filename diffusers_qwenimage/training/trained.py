@@ -66,7 +66,7 @@ def load_trained(
     Raises:
         ValueError: if they do not fit within `vram_limit`.
     """
-    trained_dtype, dtype = DTYPES[config.trainable_dtype], DTYPES[config.dtype]
+    trained_dtype, dtype = DTYPES[config.trainable_dtype], compute_dtype(config)
     modules: dict[str, nn.Module] = {}
     modulation = None
     for name in dict.fromkeys(("dit", *config.trained_models)):
@@ -101,7 +101,7 @@ def place_base_(
     """
     modulation = None
     if config.modulation_table and can_tabulate(transformer):
-        modulation = ModulationRows(transformer, dtype=DTYPES[config.dtype], device=device)
+        modulation = ModulationRows(transformer, dtype=compute_dtype(config), device=device)
     if config.base_weights != "plain":
         for block in transformer.transformer_blocks:
             quantize_(block.to(device), config.base_weights)
@@ -114,7 +114,7 @@ def place_base_(
             limit,
             mode=config.checkpointing,
             num_blocks=len(transformer.transformer_blocks),
-            unit=unit_bytes(transformer, sizes, config.batch_size, DTYPES[config.dtype]),
+            unit=unit_bytes(transformer, sizes, config.batch_size, compute_dtype(config)),
             trained_bytes=_num_bytes(trained),
         )
         if _num_bytes(transformer.parameters()) - _num_bytes(trained) > budget:
@@ -162,7 +162,7 @@ def enable_checkpointing_(
     """
     mode = config.checkpointing
     blocks = transformer.transformer_blocks
-    unit = unit_bytes(transformer, sizes, config.batch_size, DTYPES[config.dtype])
+    unit = unit_bytes(transformer, sizes, config.batch_size, compute_dtype(config))
     free = _free_bytes(transformer, config, device) if mode == "auto" else None
     keep = plan_keep(mode, num_blocks=len(blocks), unit_bytes=unit, free_bytes=free)
     for block, kept in zip(blocks, keep, strict=True):
@@ -195,11 +195,17 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What the models compute in; `TrainConfig.on_device` comes first."""
+    assert config.dtype is not None
+    return DTYPES[config.dtype]
+
+
 def compute_context(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast where whole models are trained in another type than they compute in."""
     if config.is_lora or config.dtype == config.trainable_dtype:
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[config.dtype])
+    return torch.autocast(device.type, compute_dtype(config))
 
 
 def find_format(config: TrainConfig) -> Target:
@@ -231,7 +237,7 @@ def save_weights(
         metadata: of the file.
         dit: the transformer; its config is written beside its weights.
     """
-    dtype = DTYPES[config.dtype]
+    dtype = compute_dtype(config)
     stored = {name: value.detach().to("cpu", dtype) for name, value in values.items()}
     if not config.is_lora:
         named = {

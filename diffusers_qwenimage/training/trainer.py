@@ -5,6 +5,7 @@ trained weights, its optimizer and the number of steps done.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,10 +34,10 @@ from .plan import Captions, Plan, Slot
 from .randomness import Stream, generator, seed_for
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
-    DTYPES,
     TrainedModels,
     base_metadata,
     compute_context,
+    compute_dtype,
     find_format,
     load_trained,
     save_weights,
@@ -99,13 +100,13 @@ class Trainer:
         samples: Sequence[Sample],
         stop: StopSignal,
     ) -> None:
-        self.config = config
+        self.config = config = config.on_device(accelerator.device.type)
         self.accelerator = accelerator
         self.files = files
         self.samples = samples
         self.stop = stop
         self.output = Path(config.output_path)
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = compute_dtype(config)
         self.plan = Plan(
             sizes=[sample.size for sample in samples],
             repeat=config.dataset_repeat,
@@ -128,6 +129,8 @@ class Trainer:
 
     def run(self, state: State | None) -> Path:
         """Train from `state`, or from the start; returns the weights written last."""
+        if self.accelerator.is_main_process:
+            tqdm.write(self.describe(), file=sys.stderr)
         self._fill_cache()
         if self._anyone_stopped():
             logger.warning("SIGTERM: stopped before the first step; what is cached is kept.")
@@ -166,6 +169,18 @@ class Trainer:
         progress.close()
         self._finish(last)
         return last
+
+    def describe(self) -> str:
+        """What is trained, in one line."""
+        config = self.config
+        what = ", ".join(config.trained_models)
+        if config.is_lora:
+            what = f"a {config.adapter} of rank {config.lora_rank} for the {what}"
+        per_step = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        return (
+            f"Training {what} of {self.files.name} on {self.accelerator.device} in {config.dtype}: "
+            f"{len(self.samples)} pictures, {self.num_steps} steps of {per_step}."
+        )
 
     # --- a step ---
 

@@ -147,3 +147,25 @@ def test_commands_of_the_readme(workplace, capsys):
     assert (Path("full") / "epoch-0.safetensors").exists() or (Path("full") / "step-1.safetensors").exists()
     assert main(["train", *arguments(lora_base_model="unet")]) == 2
     assert "Unknown model 'unet'" in capsys.readouterr().err
+
+
+def test_help_is_in_sections_and_says_what_switches_off(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: qwenimage train --dataset_base_path FOLDER (--lora_base_model dit" in text
+    for section in ("dataset:", "model:", "training:", "what is trained:", "memory:", "saved files:"):
+        assert f" {section} --" in text
+    assert "--no_cache Encode pictures and captions anew in every step" in text
+    assert "do not:" not in text
+
+
+def test_computes_in_float32_on_a_cpu_and_says_what_it_trains(workplace, capsys):
+    assert config(dtype=None).on_device("cuda").dtype == "bfloat16"
+    assert config(dtype="bfloat16").on_device("cpu").dtype == "bfloat16"
+    line = arguments(max_steps=1)
+    place = line.index("--dtype")
+    assert main(["train", *line[:place], *line[place + 2 :]]) == 0
+    said = capsys.readouterr().err
+    assert "Training a lora of rank 4 for the dit of Qwen/Qwen-Image on cpu in float32" in said
+    assert "4 pictures, 1 steps of 1." in said
