@@ -137,6 +137,7 @@ class _Adoption:
         self._place_of: dict[str, tuple[_Slab, Tensor]] = {}
         self._left: dict[str, Tensor] = {}  # what stays as it is on the host, by name
         self._stays: dict[str, Member] = {}
+        self._streams: set[str] = set()  # of what stays, the part that the plan counts
         self._lock = threading.Lock()
         self._conversions = threading.Semaphore(CONVERSIONS)
         self._local = threading.local()
@@ -165,6 +166,7 @@ class _Adoption:
             self._add_slab(block.name, (*block.small, *resident), resident=True)
             if mapped:
                 self._stays.update({m.key: m for group in streamed for m in group})
+                self._streams.update(self._stays)
             elif streamed:
                 self._add_slab(block.name, streamed, resident=False)
         self._stays.update({m.key: m for group in parts.on_host for m in group})
@@ -221,6 +223,8 @@ class _Adoption:
         stays = self._stays.get(key)
         if stays is not None:
             self._left[key] = value.cpu()
+            with self._lock:
+                self._progress.add(value.nbytes if key in self._streams else 0)
             return
         slab, view = self._place_of[key]
         if view.device.type == "cuda" and value.device.type == "cpu":

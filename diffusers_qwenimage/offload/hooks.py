@@ -97,6 +97,9 @@ def remove(module: nn.Module, name: str) -> None:
     above = _take_off(registry, order[order.index(name) + 1 :])
     registry.remove_hook(name, recurse=False)
     _put_on(registry, above)
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]  # else a copy of the module would run this one
 
 
 def _take_off(registry: HookRegistry, names: list[str]) -> list[tuple[str, ModelHook]]:

@@ -45,7 +45,7 @@ def stream(
             `ModuleList` of two or more modules of one class.
         on_call: names of submodules, of the module or in its blocks, that stay in host memory and come to the
             device when they are called; None: those that the class names in `_stream_on_call` (for our
-            transformer the modulation, which is tabulated). Large parts outside of the blocks (32 MiB) do so
+            transformer the modulation, which is tabulated). Large parts outside of the blocks (256 MiB) do so
             too when the module does not fit; of embeddings only the rows that are needed come.
         source: "pinned": weights are copied to pinned memory, once; "mapped": they stay where they are on the
             host, usually in a memory-mapped file, and pass through two pinned buffers.

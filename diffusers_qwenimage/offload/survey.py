@@ -15,7 +15,7 @@ from diffusers_qwenimage.projections import GROUPS
 
 from .layout import Spec
 
-LARGE_BYTES = 32 * 2**20  # parts outside of the blocks from this size on can stay in host memory
+LARGE_BYTES = 256 * 2**20  # parts outside of the blocks from this size on can stay in host memory
 SMALL_SHARE = 256  # tensors of less than 1/256 of their block are resident: norms, biases, scales
 
 

@@ -1,0 +1,222 @@
+"""Whatever fails, wherever: the module is whole afterwards and computes what it should."""
+
+import threading
+
+import pytest
+import torch
+from offload_cases import late_lane, limit_of, run, transformer, transformer_inputs
+from peft import LoraConfig
+
+from diffusers_qwenimage.checkpoint import empty_module, from_tensors
+from diffusers_qwenimage.offload import adopt, stream, streamed, unstream
+from diffusers_qwenimage.offload.lanes import DirectLane
+
+PLACING = (
+    "diffusers_qwenimage.offload.state.device_slab",
+    "diffusers_qwenimage.offload.placing.device_slab",
+    "diffusers_qwenimage.offload.state.add_innermost",
+    "diffusers_qwenimage.offload.memory.HostMemory.slab",
+    "diffusers_qwenimage.offload.memory.HostMemory.pin",
+)
+
+
+class FailsAt:
+    """A function that fails when it is called for the `number`th time."""
+
+    def __init__(self, function, number, error):
+        self.function, self.left, self.error = function, number, error
+        self.failed = False
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.failed = True
+            raise self.error
+        return self.function(*args, **kwargs)
+
+    def __get__(self, instance, owner):
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+
+def inject(patch, target, number, error):
+    path, _, name = target.rpartition(".")
+    owner = _resolve(path)
+    fails = FailsAt(getattr(owner, name), number, error)
+    patch.setattr(owner, name, fails)
+    return fails
+
+
+def _resolve(path):
+    import importlib
+
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(_resolve(module), name)
+
+
+@pytest.mark.parametrize("target", PLACING)
+@pytest.mark.parametrize("again", [False, True])
+def test_placing_fails(target, again, monkeypatch):
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    number, failed = 0, True
+    while failed:
+        if again:
+            stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+        number += 1
+        with monkeypatch.context() as patch:
+            fails = inject(patch, target, number, torch.OutOfMemoryError("injected"))
+            try:
+                stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
+            except torch.OutOfMemoryError:
+                assert streamed(model) is None
+                assert not any(
+                    hasattr(part, "forward") and "forward" in vars(part) for part in model.modules()
+                )
+        failed = fails.failed
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+        assert torch.equal(run(model, inputs), expected)
+        unstream(model)
+    assert number > 1
+
+
+@pytest.mark.parametrize("target", PLACING)
+def test_adopting_fails(target, monkeypatch):
+    full, inputs = transformer(), transformer_inputs()
+    expected, weights = run(full, inputs), from_tensors(full.state_dict())
+    limit = limit_of(full, 0.4)
+    model = empty_module(transformer)
+    target = target.replace("placing", "adopt")
+    number, failed = 0, True
+    while failed:
+        number += 1
+        with monkeypatch.context() as patch:
+            fails = inject(patch, target, number, MemoryError("injected"))
+            try:
+                adopt(model, weights, device="cpu", vram_limit=limit)
+            except MemoryError:
+                assert streamed(model) is None
+                if "add_innermost" in target:
+                    break  # all weights have arrived by then
+                assert all(parameter.is_meta for parameter in model.parameters())
+        failed = fails.failed
+    if "add_innermost" in target:
+        stream(model, device="cpu", vram_limit=limit)
+    assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), KeyboardInterrupt()])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_copy_fails(error, num_slots, monkeypatch):
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    stream(model, device="cpu", vram_limit=3 * limit_of(model, 0.0), num_slots=num_slots)
+    for number in range(1, 12):
+        with monkeypatch.context() as patch:
+            inject(patch, "diffusers_qwenimage.offload.lanes.DirectLane.copy", number, error)
+            for _ in range(2):
+                try:
+                    assert torch.equal(run(model, inputs), expected)
+                except type(error):
+                    pass
+        assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), KeyboardInterrupt()])
+def test_a_block_fails(error, with_gradient, monkeypatch):
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if with_gradient:
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        model.enable_gradient_checkpointing()
+        model.train()
+
+    def fail(*_):
+        raise error
+
+    with late_lane(monkeypatch, model):
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1)
+        for block in model.transformer_blocks:
+            for place in (block, block.attn, block.img_mlp, block.txt_mlp.net[2]):
+                handle = place.register_forward_pre_hook(fail)
+                with pytest.raises(type(error)):
+                    if with_gradient:
+                        model(**inputs).sample.mean().backward()
+                    else:
+                        run(model, inputs)
+                handle.remove()
+                state = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+                assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+            assert torch.equal(run(model, inputs), expected)
+            if with_gradient:
+                model(**inputs).sample.mean().backward()
+
+
+def test_refused_budgets_change_nothing():
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    smallest = limit_of(model, 0.0)
+    with pytest.raises(ValueError, match=f"at least {smallest:,} bytes"):
+        stream(model, device="cpu", vram_limit=smallest - 1)
+    assert streamed(model) is None
+    plan = stream(model, device="cpu", vram_limit=smallest)
+    with pytest.raises(ValueError, match="at least"):
+        stream(model, device="cpu", vram_limit=10)
+    assert streamed(model) is plan
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_threads_with_a_model_each():
+    models = [transformer(seed=seed) for seed in range(4)]
+    inputs = transformer_inputs()
+    expected = [run(model, inputs) for model in models]
+    for model in models:
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.1))
+    results = [[] for _ in models]
+
+    def work(index):
+        for _ in range(5):
+            results[index].append(run(models[index], inputs))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, expected, strict=True):
+        assert len(got) == 5 and all(torch.equal(result, want) for result in got)
+
+
+def test_two_threads_in_one_model_are_told():
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    errors = []
+
+    def run_too(*_):
+        def work():
+            try:
+                run(model, inputs)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    handle = model.transformer_blocks[2].attn.register_forward_pre_hook(run_too)
+    assert torch.equal(run(model, inputs), expected)
+    handle.remove()
+    assert len(errors) == 1 and "one thread at a time" in errors[0]
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_direct_lane_is_what_a_cpu_gets():
+    model = transformer()
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    assert isinstance(vars(model)["_diffusers_qwenimage_stream"]._lane, DirectLane)
