@@ -34,18 +34,27 @@ if triton_is_installed():
 if triton_is_installed():
 
     @triton.jit
-    def _rotation_stage(x, BLOCK: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-        pairs = tl.permute(tl.reshape(x, (BLOCK // (2 * HALF), 2, HALF)), (0, 2, 1))
-        first, second = tl.split(pairs)
-        both = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
-        return tl.reshape(both, (BLOCK,)) * 0.7071067811865476
+    def _rotate_digit(x, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Four values `STEP` apart become half their sum, less the one at the mirrored place."""
+        fours = tl.permute(tl.reshape(x, (BLOCK // (4 * STEP), 2, 2, STEP)), (0, 3, 1, 2))
+        even, odd = tl.split(fours)
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        half = 0.5 * (x0 + x1 + x2 + x3)
+        turned = tl.join(tl.join(half - x3, half - x1), tl.join(half - x2, half - x0))
+        return tl.reshape(tl.permute(turned, (0, 2, 3, 1)), (BLOCK,))
 
     @triton.jit
     def rotate_row(x, BLOCK: tl.constexpr, ROTATION: tl.constexpr):  # type: ignore[no-untyped-def]
-        """x [BLOCK], fp32, with blocks of ROTATION (at most 256) values times the Hadamard matrix."""
-        for stage in tl.static_range(8):
-            if ROTATION >> (stage + 1) > 0:  # add and subtract values so far apart
-                x = _rotation_stage(x, BLOCK, ROTATION >> (stage + 1))
+        """x [BLOCK], fp32, with blocks of ROTATION (a power of four up to 256) values rotated."""
+        if ROTATION >= 4:
+            x = _rotate_digit(x, BLOCK, 1)
+        if ROTATION >= 16:
+            x = _rotate_digit(x, BLOCK, 4)
+        if ROTATION >= 64:
+            x = _rotate_digit(x, BLOCK, 16)
+        if ROTATION >= 256:
+            x = _rotate_digit(x, BLOCK, 64)
         return x
 
     @triton.jit

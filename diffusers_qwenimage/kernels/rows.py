@@ -6,9 +6,11 @@ have a scale per token, weights one per output channel, and a linear layer is
     y[n, o] = scale[n] * weight_scale[o] * sum_i q[n, i] * weight[o, i] + bias[o].
 
 Rotation: int8 has one step for a whole row, so a single large value costs the others their precision. Blocks
-of a power of two of inputs are multiplied by a Hadamard matrix H / sqrt(block), activations at run time and
-weights once: the sum over i stays the same, and large values are spread (arXiv 2404.00456). fp8 is a floating
-type whose error follows each value, and needs no rotation (benchmarks/quantization.py).
+of a power of four of inputs are multiplied by a Hadamard matrix, activations at run time and weights once:
+the sum over i stays the same, and large values are spread (arXiv 2404.00456). The matrix is the Kronecker
+power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]] / 2, as in ComfyUI's int8 files
+("convrot"): no column of it is constant, so that a common offset of the inputs is spread too. fp8 is a
+floating type whose error follows each value, and needs no rotation (benchmarks/quantization.py).
 
 This is the plain-torch reference, which needs no Triton; quantized.py has the kernels.
 
@@ -81,10 +83,10 @@ def scaled_linear_reference(
 
 
 def rotate_blocks(x: Tensor, block: int) -> Tensor:
-    """x [..., I] with every block of so many values multiplied by H / sqrt(block), which is its own inverse.
+    """x [..., I] with every block of so many values multiplied by `hadamard`, which is its own inverse.
 
     Raises:
-        ValueError: if I is no multiple of the block.
+        ValueError: if I is no multiple of the block, or that is no power of four.
     """
     if block in (0, 1):
         return x
@@ -96,17 +98,19 @@ def rotate_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """The symmetric orthogonal matrix of Sylvester's construction, [size, size], fp32; a power of two."""
+    """The matrix of the rotation, symmetric and orthogonal: [size, size], fp32; a power of four."""
     return _hadamard(size).to(device)
 
 
 @lru_cache(maxsize=16)
 def _hadamard(size: int) -> Tensor:
     with torch.inference_mode(False):
+        four = 0.5 - torch.eye(4).flip(0)
         matrix = torch.ones(1, 1)
         while matrix.shape[0] < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        matrix /= size**0.5
+            matrix = torch.kron(matrix, four)
+        if matrix.shape[0] != size:
+            raise ValueError(f"Blocks of {size} cannot be rotated; their size must be a power of four.")
         return matrix
 
 

@@ -17,7 +17,7 @@ class Scheme:
     Attributes:
         dtype: type of the weight.
         activations: whether the inputs are quantised too, per token, so that the product is one of 8 bits.
-        rotation: largest block of inputs that is rotated together; 0 for none.
+        rotation: largest block of inputs that is rotated together, a power of four; 0 for none.
         multiple: what the numbers of inputs and outputs must be multiples of.
     """
 
@@ -219,6 +219,8 @@ def scheme_of(kind: str) -> Scheme:
 
 
 def rotation_of(scheme: Scheme, in_features: int) -> int:
-    """The largest power of two that divides the inputs, up to the scheme's; 0 for none."""
-    block = min(in_features & -in_features, scheme.rotation)
+    """The largest power of four that divides the inputs, up to the scheme's; 0 for none."""
+    block = scheme.rotation
+    while block > 1 and in_features % block:
+        block //= 4
     return block if block > 1 else 0

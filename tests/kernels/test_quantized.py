@@ -55,14 +55,22 @@ def test_reference_is_a_rounding_of_the_rows(target):
     assert got.values.float().abs().amax(1).eq(rows.LIMITS[target.dtype]).all()
 
 
-@pytest.mark.parametrize("block", [0, 1, 2, 8, 64])
+@pytest.mark.parametrize("block", [0, 1, 4, 16, 64])
 def test_rotation_is_its_own_inverse_and_keeps_products(block):
     x, y = random(5, 192), random(4, 192, seed=1)
     turned = rows.rotate_blocks(x, block)
     assert relative(rows.rotate_blocks(turned, block), x) < 1e-6
     assert relative(turned @ rows.rotate_blocks(y, block).t(), x @ y.t()) < 1e-5
-    with pytest.raises(ValueError, match="192 values cannot be rotated in blocks of 128"):
-        rows.rotate_blocks(x, 128)
+    for wrong, message in ((256, "192 values cannot be rotated in blocks of 256"), (32, "power of four")):
+        with pytest.raises(ValueError, match=message):
+            rows.rotate_blocks(x, wrong)
+
+
+def test_rotation_is_that_of_comfyui():
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = rows.hadamard(256, torch.device("cpu"))
+    assert torch.equal(matrix, torch.kron(torch.kron(four, four), torch.kron(four, four)))
+    assert torch.equal(matrix, matrix.t()) and relative(matrix @ matrix, torch.eye(256)) < 1e-6
 
 
 @needs_triton
