@@ -121,20 +121,27 @@ def fused_block(
     tokens = attention_norm(image_BLD, image_modulation, image_index, plan.image_qkv.target, triton)
     _image_into(joint, layout, plan.image_qkv, tokens, attn, tables[0])
     side.join()
+    del tokens
     attended: Sequence[Tokens] = _attend(attn.processor, joint, layout, num_image, text_mask)
+    del joint  # half of what the MLP needs
     if plan.attended_target is not None:
         attended = [_quantize(sample, plan.attended_target) for sample in attended]
 
     with side:
         text_attention = plan.text_out(_text_of(attended, layout), dtype)
-        text = _mlp(text_BTD, text_attention, plan.text_mlp, text_modulation, text_index, triton)
+        target = plan.text_mlp.target
+        text, tokens = mlp_norm(text_BTD, text_attention, text_modulation, text_index, target, triton)
+        text = _mlp(text, tokens, plan.text_mlp, text_modulation, text_index, triton)
     image_attention = torch.empty((batch * num_image, width), dtype=dtype, device=device)
     start = 0
     for sample, length in zip(attended, layout.text_lengths, strict=True):
         out = image_attention if batch == 1 else image_attention[start : start + num_image]
         plan.image_out.into(out, _rows(sample, length, length + num_image))
         start += num_image
-    image = _mlp(image_BLD, image_attention, plan.image_mlp, image_modulation, image_index, triton)
+    target = plan.image_mlp.target
+    image, tokens = mlp_norm(image_BLD, image_attention, image_modulation, image_index, target, triton)
+    del image_attention
+    image = _mlp(image, tokens, plan.image_mlp, image_modulation, image_index, triton)
     side.join()
     return image, text
 
@@ -280,10 +287,9 @@ def _text_of(attended: Sequence[Tokens], layout: Layout) -> Tokens:
 
 
 def _mlp(
-    tokens: Tensor, attention: Tensor, mlp: Mlp, modulation: Tensor, index: Tensor | None, triton: bool
+    tokens: Tensor, normed: Tokens, mlp: Mlp, modulation: Tensor, index: Tensor | None, triton: bool
 ) -> Tensor:
-    """The rest of a block for one stream, after attention gave `attention` [N, D]."""
-    tokens, normed = mlp_norm(tokens, attention, modulation, index, mlp.target, triton)
+    """The MLP of one stream, of `normed` [N, D], added to its tokens."""
     tokens = mlp_add(tokens, mlp(normed, tokens.dtype, triton=triton), modulation, index, triton)
     if tokens.dtype == torch.float16:  # outliers of this model exceed fp16
         tokens = tokens.clip(-65504, 65504)
@@ -309,7 +315,8 @@ class ModulationAhead:
         if index >= len(self._blocks) or isinstance(self._side, NoSide):
             return None
         block = self._blocks[index]
-        if any(map(is_hooked, (block, *block.img_mod, *block.txt_mod))):  # weights may not be there yet
+        parts = (block, block.img_mod, block.txt_mod, *block.img_mod, *block.txt_mod)
+        if any(map(is_hooked, parts)):  # weights may not be there yet
             return None
         with self._side:
             if self._activated is None:
