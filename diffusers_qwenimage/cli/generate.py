@@ -3,18 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generate_options import Lora, Request, add_options, read_request
+from .generate_options import SIDE, Lora, Request, add_options, read_request
+from .placement import Placement, choose_placement
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-    from diffusers_qwenimage.loading import Components
-
-# Bytes kept free beside the weights on a GPU, for decoding a picture of 1328x1328.
-WORKING_MEMORY = 8 * 2**30
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from diffusers_qwenimage.images import save_image
-    from diffusers_qwenimage.loading import default_checkpoint, load_components
+    from diffusers_qwenimage.loading import default_checkpoint
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device, embedded=arguments.model is None)
@@ -52,14 +49,20 @@ def run(arguments: argparse.Namespace) -> int:
             "Using the small model inside this package, which draws simple shapes "
             "(--model Qwen/Qwen-Image is the full one)."
         )
-    else:
-        _say(f"Loading {arguments.model} ...")
     source = default_checkpoint() if arguments.model is None else arguments.model
     model = "embedded" if arguments.model is None else str(arguments.model)
     try:
-        components = load_components(source, dtype=dtype)
-        apply_loras(components.transformer, request.loras)
-        pipeline = build_pipeline(components, request, device)
+        placement = choose_placement(
+            source,
+            dtype,
+            device,
+            vram=arguments.vram,
+            weights=arguments.weights,
+            insists=arguments.device != "auto",
+        )
+        if arguments.model is not None:
+            _say(placement.text)
+        pipeline = build_pipeline(source, request, dtype, device, placement)
         for index, path in enumerate(request.outputs):
             _say(f"Seed {request.seed + index}")
             picture = make_picture(pipeline, request, index)
@@ -67,25 +70,43 @@ def run(arguments: argparse.Namespace) -> int:
             print(path, flush=True)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"The memory of {device} does not suffice for {request.width}x{request.height} pixels; "
-            "lower --size, or take --dtype bfloat16."
+            f"The memory of {device} does not suffice for {request.width}x{request.height} pixels; lower "
+            "--size, give --vram less than is free, or take --weights fp8."
         ) from error
     return 0
 
 
-def build_pipeline(components: "Components", request: Request, device: "torch.device") -> Any:
-    """The pipeline for the task, on the device; part by part if a GPU cannot hold all (model offloading)."""
+def build_pipeline(
+    source: str | Path, request: Request, dtype: "torch.dtype", device: "torch.device", placement: Placement
+) -> Any:
+    """The pipeline for the task, its weights placed."""
     from diffusers_qwenimage import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
+    from diffusers_qwenimage.loading import load_components
+    from diffusers_qwenimage.pipelines.needs import Demand
 
     kind = QwenImagePipeline
     if request.image is not None:
         kind = QwenImageImg2ImgPipeline if request.mask is None else QwenImageInpaintPipeline
-    pipeline = kind(**vars(components))
-    if device.type == "cuda" and not fits(components, device):
-        _say(f"The weights do not fit {device} at once: its parts are moved there in turns.")
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
+    if not placement.managed:
+        pipeline = kind(**vars(load_components(source, dtype=dtype)))
+        apply_loras(pipeline.transformer, request.loras)
         pipeline.to(device)
+        return pipeline
+    pipeline = kind.from_pretrained_in_place(
+        str(source),
+        vram_limit=placement.vram_limit,
+        weights=placement.weights,
+        device=device,
+        dtype=dtype,
+        demand=Demand(
+            rows=request.height // SIDE,
+            columns=request.width // SIDE,
+            guided=request.negative_prompt is not None,
+            steps=request.steps,
+        ),
+    )
+    apply_loras(pipeline.transformer, request.loras)
+    _say(str(pipeline.memory_report()))
     return pipeline
 
 
@@ -148,16 +169,6 @@ def choose_dtype(name: str, device: "torch.device", *, embedded: bool) -> "torch
         name = "float32" if embedded and device.type == "cpu" else "bfloat16"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def fits(components: "Components", device: "torch.device") -> bool:
-    """Whether all weights fit the free memory of a GPU, beside what a picture needs."""
-    import torch
-
-    modules = (components.text_encoder, components.transformer, components.vae)
-    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
-    free, _ = torch.cuda.mem_get_info(device)
-    return bool(weights + WORKING_MEMORY <= free)
 
 
 def _say(message: str) -> None:

@@ -155,6 +155,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: 1); may be given several times",
     )
     parser.add_argument(
+        "--vram",
+        type=scale,
+        metavar="GB",
+        help="stay within so much GPU memory: what does not fit streams from host memory; 0 is as little as "
+        "can be (default: all that is free)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("fp8", "int8", "fp8-storage"),
+        help="keep the transformer in 8 bits: half the memory; pictures differ a little",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",

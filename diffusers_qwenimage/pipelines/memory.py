@@ -77,6 +77,7 @@ class VramManagementMixin:
         strict: bool,
         source: Source | None = None,
         files: Mapping[str, Checkpoint] | None = None,
+        demand: Demand | None = None,
     ) -> MemoryReport:
         """`enable_vram_management`; components named in `files` are on meta, and get their weights now."""
         limit = _checked(vram_limit, vram_buffer, num_persistent_param_in_dit)
@@ -98,7 +99,7 @@ class VramManagementMixin:
             show_progress=self._shows_progress(),
             files=files,
         )
-        manager.prepare(self._vram_demand())
+        manager.prepare(demand or self._vram_demand())
         if self._vram is not None:
             self._vram.stop_managing()
         self._vram = manager
@@ -185,6 +186,7 @@ class DiffusersVramMixin(VramManagementMixin):
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        demand: Demand | None = None,
         **components: Any,
     ) -> Any:
         """Load a pipeline whose weights go from the files to where they will live, once, within a budget.
@@ -198,6 +200,7 @@ class DiffusersVramMixin(VramManagementMixin):
                 computed with in `dtype`. "bf16", "fp16", "fp32": the type of everything.
             device: what to compute on; None: the GPU if there is one.
             dtype: type of the weights; bfloat16 if not given.
+            demand: the largest picture to place the weights for; None: the default picture.
             components: parts to use instead of those in the files, by name.
 
         Raises:
@@ -222,7 +225,9 @@ class DiffusersVramMixin(VramManagementMixin):
         name = "cuda" if device is None and torch.cuda.is_available() else device or "cpu"
         target = device_of(name)
         strict = vram_limit is not None and vram_limit > 0
-        pipeline._manage(vram_limit, vram_buffer, target=target, strict=strict, files=waiting.files)
+        pipeline._manage(
+            vram_limit, vram_buffer, target=target, strict=strict, files=waiting.files, demand=demand
+        )
         return pipeline
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
