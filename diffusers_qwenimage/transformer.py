@@ -15,7 +15,6 @@ stream (1, or 2 with `zero_cond_t`: the picture, then the clean references).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
 from .kernels import backend
-from .offload import streamed
+from .offload import passing, streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
 
 if TYPE_CHECKING:
@@ -289,9 +288,11 @@ class QwenImageTransformer2DModel(
             self._embed_timestep(sigma[None].to(device), like, additional_t_cond) for sigma in sigmas.unbind()
         ]
         image, text = [], []
-        for block in self._blocks():
-            image.append(torch.stack(_visit(block.img_mod, [regions[0] for _, regions in embedded], device)))
-            text.append(torch.cat(_visit(block.txt_mod, [temb for temb, _ in embedded], device)))
+        of_blocks = [nn.ModuleList([block.img_mod, block.txt_mod]) for block in self._blocks()]
+        for image_part, text_part in map(iter, passing(of_blocks, device)):
+            # One by one: a batch would be rounded differently.
+            image.append(torch.stack([image_part(regions[0]) for _, regions in embedded]))
+            text.append(torch.cat([text_part(temb) for temb, _ in embedded]))
         return ModulationTable(image=torch.stack(image, dim=1), text=torch.stack(text, dim=1))
 
     def offload_modulation(self, device: str | torch.device = "cpu") -> None:
@@ -462,26 +463,6 @@ class TimestepTextEmbedding(nn.Module):
             raise ValueError("This model was trained with use_additional_t_cond: pass additional_t_cond [B].")
         kind: Tensor = self.addition_t_embedding(additional_t_cond)
         return embedded + kind.to(like.dtype)
-
-
-def _visit(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Outputs of `module` for each input, with its weights copied to `device` for the duration."""
-    one_by_one = _OneByOne(module)  # one exchange of the weights for all inputs: it costs more than a call
-    tensors = chain(one_by_one.named_parameters(), one_by_one.named_buffers())
-    weights = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors}
-    outputs: list[Tensor] = torch.func.functional_call(one_by_one, weights, (inputs,))
-    return outputs
-
-
-class _OneByOne(nn.Module):
-    """Calls a module for each of several inputs; a batch would be rounded differently."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [self.module(value) for value in inputs]
 
 
 def _register_with_cache_hooks() -> None:

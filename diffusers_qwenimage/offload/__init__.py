@@ -16,12 +16,14 @@
 | ring.py | slots on the device, and which block comes next |
 | lanes.py | copies beside the work: a stream and events |
 | mapped.py | weights that stay in a memory-mapped file |
+| passage.py | `passing`: modules that visit the device once |
 | memory.py | pinned host memory without rounding |
 | layout.py | tensors behind each other in one slab |
 | hooks.py | hooks below those of other programs |
 """
 
 from .adopt import adopt
+from .passage import passing
 from .plan import BlockPlan, Source, StreamPlan, plan_stream
 from .stream import fetched_bytes, rest, stream, streamed, unstream
 from .survey import find_blocks
@@ -33,6 +35,7 @@ __all__ = [
     "adopt",
     "fetched_bytes",
     "find_blocks",
+    "passing",
     "plan_stream",
     "rest",
     "stream",

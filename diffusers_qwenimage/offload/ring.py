@@ -111,6 +111,7 @@ class Ring:
         slots: at least one.
         feeder: fills slots.
         lane: the marks of the slots are its.
+        again: whether the first units are visited again after the last ones.
     """
 
     def __init__(
@@ -121,12 +122,14 @@ class Ring:
         *,
         feeder: Feeder,
         lane: Lane,
+        again: bool = True,
     ) -> None:
         self._units = units
         self._list_of = {index: indices for indices in lists for index in indices}
         self._slots = slots
         self._feeder = feeder
         self._lane = lane
+        self._again = again
         self._last: int | None = None
         self._direction = 1
         self._pass = 0
@@ -198,6 +201,8 @@ class Ring:
         while True:
             index += direction if with_gradient else 1
             if index not in indices:
+                if not self._again:
+                    return
                 later = True
                 if with_gradient:
                     direction = -direction
