@@ -229,6 +229,10 @@ class TrainConfig:
     """Keep the frozen modulation weights of the dit, a third of it, on the device, instead of their values
     for each timestep in host memory. The results are the same."""
 
+    sharding: Literal["none", "optimizer", "full"] = "none"
+    """How several processes share the dit: none, each has all of it (data parallelism); optimizer, gradients
+    and optimizer states are spread (ZeRO-2); full, the weights too (FSDP2, ZeRO-3)."""
+
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up for one optimizer step."""
 
@@ -350,12 +354,16 @@ class TrainConfig:
                     "base_weights and vram_limit are for the frozen weights under a LoRA; whole models have "
                     "none."
                 )
+            if self.sharding != "none" and self.trained_models != ("dit",):
+                raise ValueError(f"sharding is for the dit, not for {', '.join(self.trained_models)}.")
             if self.align_to_opensource_format or self.lora_format:
                 raise ValueError(
                     "align_to_opensource_format and lora_format are for a LoRA; trainable_models saves whole "
                     "models."
                 )
             return
+        if self.sharding != "none" and (self.base_weights != "plain" or self.vram_limit is not None):
+            raise ValueError("sharding goes with neither base_weights nor vram_limit; leave one of them out.")
         if self.trained_models != ("dit",):
             raise ValueError(f"A LoRA can be added to dit, not to {', '.join(self.trained_models)}.")
         if not comma_list(self.lora_target_modules):

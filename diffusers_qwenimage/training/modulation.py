@@ -12,6 +12,7 @@ Shapes: S sigmas, B samples, N modulated layers (two per block), D width.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class ModulationRows:
     def __init__(self, transformer: Any, *, dtype: torch.dtype, device: torch.device) -> None:
         if transformer.config.zero_cond_t or transformer.config.use_additional_t_cond:
             raise ValueError("The modulation of this transformer depends on more than the timestep.")
-        self._transformer = transformer
+        # A copy, since the transformer's own weights may be spread over processes outside of its forward.
+        self._embed = deepcopy(transformer.time_text_embed).to(device)
         self._dtype = dtype
         self._device = device
         self._layers = [_replace(block, name) for block in transformer.transformer_blocks for name in LAYERS]
@@ -131,7 +133,7 @@ class ModulationRows:
         inputs = []
         for sigma in sigmas:
             timestep = torch.tensor([sigma], device=self._device, dtype=self._dtype)
-            inputs.append(silu(self._transformer.time_text_embed(timestep, like, None)))
+            inputs.append(silu(self._embed(timestep, like, None)))
         shape = len(sigmas), len(self._layers), self._layers[0].out_features
         found = torch.empty(shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
         for index, layer in enumerate(self._layers):

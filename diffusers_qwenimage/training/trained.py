@@ -31,6 +31,7 @@ from .memory import RESERVE, plan_keep, unit_bytes, weights_budget
 from .models import COMPONENTS, ModelFiles
 from .modulation import ModulationRows, can_tabulate
 from .randomness import Stream, seed_for
+from .sharding import shard_
 
 ADAPTER_NAME = "default"
 DEFAULT_FORMATS = {"lora": "diffsynth", "dora": "diffusers", "lokr": "comfyui"}
@@ -69,10 +70,12 @@ def load_trained(
     trained_dtype, dtype = DTYPES[config.trainable_dtype], compute_dtype(config)
     modules: dict[str, nn.Module] = {}
     modulation = None
+    sharded = config.sharding != "none"
     for name in dict.fromkeys(("dit", *config.trained_models)):
         full = not config.is_lora and name in config.trained_models
         if full:
-            modules[name] = files.load(COMPONENTS[name], trained_dtype, device)
+            there = torch.device("cpu") if sharded else device
+            modules[name] = files.load(COMPONENTS[name], trained_dtype, there)
             copy_mapped_(modules[name])
             modules[name].requires_grad_(True).train()
         elif name == "dit" and config.is_lora:
@@ -81,6 +84,8 @@ def load_trained(
             modulation = place_base_(modules[name], config, device, sizes)
         else:
             modules[name] = files.load(COMPONENTS[name], dtype, device)
+    if sharded:
+        shard_(modules["dit"], device, reshard_after_forward=config.sharding == "full")
     parameters = {
         f"{name}.{key}": parameter
         for name, module in modules.items()
@@ -120,7 +125,8 @@ def place_base_(
         if _num_bytes(transformer.parameters()) - _num_bytes(trained) > budget:
             stream(transformer, device=device, vram_limit=budget, on_call=())
             return modulation
-    transformer.to(device)
+    if config.sharding == "none":
+        transformer.to(device)
     return modulation
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,7 @@ from .objective import Objective, flow_matching_loss
 from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer
 from .plan import Captions, Plan, Slot
 from .randomness import Stream, generator, seed_for
+from .sharding import spread, spread_states, whole, whole_states
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
     TrainedModels,
@@ -124,6 +125,7 @@ class Trainer:
         )
         cache = TensorCache(Path(config.cache_path or self.output / "cache") if config.cache else None)
         self.encoders = Encoders(files, cache, dtype=self.dtype, device=accelerator.device)
+        self.is_sharded = config.sharding != "none"
         self.guard = Guard(spike_factor=config.spike_factor, max_bad=config.max_bad_steps)
         self.reported: set[str] = set()
 
@@ -135,7 +137,9 @@ class Trainer:
         if self._anyone_stopped():
             logger.warning("SIGTERM: stopped before the first step; what is cached is kept.")
             return self.output
-        wanted = bool(self.config.validation_prompts) and self.accelerator.is_main_process
+        # Of a model that is spread over processes all have to take part.
+        wanted = self.accelerator.is_main_process or self.is_sharded
+        wanted = wanted and bool(self.config.validation_prompts)
         self.validation = Validation(self.config, self.encoders, self.files) if wanted else None
         if self.config.cache:
             self.encoders.release()
@@ -276,7 +280,10 @@ class Trainer:
     def _clip(self) -> Tensor:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""
         limit = self.config.max_grad_norm or float("inf")
-        norm: Tensor = self.accelerator.clip_grad_norm_(list(self.trained.parameters.values()), limit)
+        parameters = list(self.trained.parameters.values())
+        if self.is_sharded:
+            return cast(Tensor, whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
         return norm
 
     def _prepare_modulation(self, step: int) -> None:
@@ -330,10 +337,12 @@ class Trainer:
         for name in ("vae", "text_encoder"):
             if name in self.trained.modules:
                 self.encoders.use(name, self.trained.modules[name])
-        optimizer = make_optimizer(self.config, list(self.trained.parameters.values()))
-        prepared = self.accelerator.prepare(*self.trained.modules.values(), optimizer)
-        self.modules: Mapping[str, Any] = dict(zip(self.trained.modules, prepared[:-1], strict=True))
-        self.optimizer = prepared[-1]
+        optimizer: Any = make_optimizer(self.config, list(self.trained.parameters.values()))
+        modules: Mapping[str, Any] = self.trained.modules
+        if not self.is_sharded:
+            *prepared, optimizer = self.accelerator.prepare(*modules.values(), optimizer)
+            modules = dict(zip(modules, prepared, strict=True))
+        self.modules, self.optimizer = modules, optimizer
         decay = self.config.ema_decay
         self.average = MovingAverage(decay, self.trained.parameters) if decay else None
 
@@ -370,10 +379,15 @@ class Trainer:
         by_epoch = within == 0 and not self.config.save_steps
         stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
         path = self.output / f"{stem}.safetensors"
+        optimizer = self.optimizer.state_dict()
+        tensors = {name: value.detach() for name, value in self.trained.parameters.items()}
+        averages = self.average.values if self.average else {}
+        if self.is_sharded:
+            optimizer = whole_states(optimizer)
+            tensors, averages = (
+                {name: whole(value) for name, value in part.items()} for part in (tensors, averages)
+            )
         if self.accelerator.is_main_process:
-            optimizer = self.optimizer.state_dict()
-            tensors = {name: value.detach() for name, value in self.trained.parameters.items()}
-            averages = self.average.values if self.average else {}
             check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
             metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
             dit = self.trained.modules["dit"]
@@ -410,13 +424,17 @@ class Trainer:
                         f"{name} has the shape {tuple(state.trained[name].shape)} in the state to resume "
                         f"from, but {tuple(parameter.shape)} here: keep lora_rank and the model."
                     )
-                parameter.copy_(state.trained[name])
-        self.optimizer.load_state_dict(dict(state.optimizer))
+                parameter.copy_(spread(state.trained[name], parameter))
+        optimizer = dict(state.optimizer)
+        if self.is_sharded:
+            optimizer = spread_states(optimizer, list(self.trained.parameters.values()))
+        self.optimizer.load_state_dict(optimizer)
         self.guard.load(state.values["guard"])
         if self.average:
             plain = {name: state.trained[name] for name in saved}
             kept = {name: state.trained.get(f"{EMA_PREFIX}{name}", plain[name]) for name in saved}
-            self.average.load(kept)
+            like = self.trained.parameters
+            self.average.load({name: spread(value, like[name]) for name, value in kept.items()})
         if state.values["data"] != self._data_digest():
             logger.warning(
                 "The pictures, their order or the size of a step differ from those of the saved state; the "
@@ -443,7 +461,9 @@ class Trainer:
         if self.validation:
             weights = self.average.in_place_of(self.trained.parameters) if self.average else nullcontext()
             with weights, compute_context(self.config, self.accelerator.device):
-                self.validation.render(step, self.trained.modules["dit"], self.encoders)
+                self.validation.render(
+                    step, self.trained.modules["dit"], self.encoders, save=self.accelerator.is_main_process
+                )
             if self.config.cache and "vae" not in self.trained.modules:
                 self.encoders.release()
         self.accelerator.wait_for_everyone()

@@ -32,7 +32,7 @@ class Validation:
         self.embeds = [encoders.embeds(text) for text in config.validation_prompts]
         self.negative = encoders.embeds(NEGATIVE)
 
-    def render(self, step: int, transformer: Any, encoders: Encoders) -> Path:
+    def render(self, step: int, transformer: Any, encoders: Encoders, *, save: bool = True) -> Path:
         """Render all prompts with the weights of `transformer` and save them as a grid; returns its path."""
         pictures = render(
             transformer,
@@ -45,7 +45,8 @@ class Validation:
             dtype=encoders.dtype,
         )
         path = Path(self.config.output_path) / SAMPLES / f"step-{step}.png"
-        save_image(picture_grid([(f"step {step}", pictures)], self.config.validation_prompts), path)
+        if save:
+            save_image(picture_grid([(f"step {step}", pictures)], self.config.validation_prompts), path)
         return path
 
 
