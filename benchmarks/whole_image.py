@@ -46,6 +46,13 @@ TEXT_CONFIG = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "rope_theta": 1_000_000.0,
 }
+VISION_CONFIG = {
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "out_hidden_size": 3584,
+    "depth": 32,
+    "num_heads": 16,
+}
 PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
 
 
@@ -236,9 +243,11 @@ def read_once(folder: Path) -> tuple[float, int]:
 
 
 def write_model(folder: Path, blocks: int, layers: int) -> None:
-    """A model in diffusers' layout, of random weights N(0, 0.02), norms 1; equal blocks have equal weights."""
+    """A model in diffusers' layout, of random weights N(0, 0.02), norms 1; all blocks are alike."""
     transformer = empty_module(lambda: QwenImageTransformer2DModel(num_layers=blocks))
-    config = Qwen2_5_VLConfig(text_config={**TEXT_CONFIG, "num_hidden_layers": layers})
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT_CONFIG, "num_hidden_layers": layers}, vision_config=VISION_CONFIG
+    )
     text_encoder = empty_module(lambda: Qwen2_5_VLForConditionalGeneration(config))
     vae = AutoencoderKLQwenImage().to(torch.bfloat16)
     parts: dict[str, tuple[Any, str]] = {

@@ -9,8 +9,9 @@ from diffusers_qwenimage.checkpoint import open_checkpoint
 from diffusers_qwenimage.checkpoint.reader import DTYPES
 from diffusers_qwenimage.files import DTYPE_BITS
 
-from .components import MODELSCOPE_PREFIX, WEIGHT_FOLDERS
+from .components import MODELSCOPE_PREFIX, WEIGHT_FOLDERS, check_index
 from .hubs import HUBS, Hub
+from .sources import check_id
 
 STORED_BYTES = 2  # per weight on the hubs: bf16
 
@@ -23,14 +24,16 @@ def weight_sizes(
     Raises:
         FileNotFoundError: if files are missing.
         DownloadError: if a hub has to be asked and cannot be.
-        ValueError: if a file is damaged.
+        ValueError: if a file is damaged, or the source is no Qwen-Image model.
     """
     folder = Path(source)
     if folder.is_dir():
+        check_index(folder)
         return {name: _on_disk(folder / name, dtype) for name in WEIGHT_FOLDERS}
     model_id = str(source)
     if model_id.startswith(MODELSCOPE_PREFIX):
         model_id, hub = model_id.removeprefix(MODELSCOPE_PREFIX), "modelscope"
+    check_id(model_id)
     cached = HUBS[hub].cached(model_id, revision)
     if cached is not None and all((cached / name).is_dir() for name in WEIGHT_FOLDERS):
         return weight_sizes(cached, dtype)
