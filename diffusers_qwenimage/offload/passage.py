@@ -56,6 +56,7 @@ def passing(modules: Sequence[Module], device: torch.device) -> Iterator[Module]
                 yield module
             finally:
                 visits.leave()
+        visits.close()
     finally:
         feeder.stop()
         lane.drain()

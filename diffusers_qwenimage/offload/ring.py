@@ -165,6 +165,12 @@ class Ring:
             if slot.holds == index:
                 slot.holds = None
 
+    def close(self) -> None:
+        """Let go of units and slots; nothing is borrowed afterwards."""
+        for slot in self._slots:
+            slot.empty()
+        self._units, self._slots = (), ()
+
     def rest(self) -> None:
         """Give the memory of the slots back until the next visit."""
         for slot in self._slots:

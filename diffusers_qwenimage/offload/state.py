@@ -106,6 +106,8 @@ class Streaming:
         for module, name in self._hooked:
             remove(module, name)
         self._hooked.clear()
+        if self._visits is not None:
+            self._visits.close()
         release_adapters(self._module)
         for parameter in self._frozen:
             parameter.requires_grad_(True)

@@ -108,6 +108,12 @@ class Visits:
             # A graph without checkpoints may still refer to the slot; it has to notice.
             torch.autograd.graph.increment_version(visit.tensors)
 
+    def close(self) -> None:
+        """Let go of all memory: hooks that were removed may live until Python collects cycles."""
+        self.settle()
+        self._units, self._modules = (), ()
+        self._ring.close()
+
     @contextmanager
     def at_home(self, index: int) -> Iterator[None]:
         """The tensors of a unit at home, to be changed there; copies on the device follow."""

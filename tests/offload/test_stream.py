@@ -1,5 +1,8 @@
 """A module that streams computes what it computes with all weights resident, bit for bit."""
 
+import gc
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -18,7 +21,7 @@ from offload_cases import (
 )
 
 from diffusers_qwenimage import QwenImageTransformer2DModel, kernels
-from diffusers_qwenimage.offload import fetched_bytes, plan_stream, rest, stream, streamed, unstream
+from diffusers_qwenimage.offload import fetched_bytes, memory, plan_stream, rest, stream, streamed, unstream
 from diffusers_qwenimage.quantize import quantize_
 
 MODELS = {
@@ -238,3 +241,28 @@ def test_meta_is_refused():
     with pytest.raises(ValueError, match="adopt"):
         stream(model, device="cpu", vram_limit=limit_of(transformer(), 0.5))
     assert streamed(model) is None
+
+
+def test_old_slabs_go_at_once(monkeypatch):
+    """Not when Python collects cycles: they are most of the machine's memory."""
+    alive = weakref.WeakSet()
+    make = memory.HostMemory.slab
+
+    def slab(self, num_bytes):
+        made = make(self, num_bytes)
+        alive.add(made)
+        return made
+
+    monkeypatch.setattr(memory.HostMemory, "slab", slab)
+    model, inputs = transformer(), transformer_inputs()
+    gc.disable()
+    try:
+        for share in (0.0, 0.3, 0.6, 0.1):
+            stream(model, device="cpu", vram_limit=limit_of(model, share))
+            run(model, inputs)
+            run(model, inputs)
+            assert 0 < len(alive) <= NUM_BLOCKS
+        unstream(model)
+        assert not alive
+    finally:
+        gc.enable()
