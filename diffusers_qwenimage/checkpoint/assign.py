@@ -115,7 +115,7 @@ def _read(
     for name, tensor in scaled.weights.read():
         moved = tensor.to(device)  # before the cast: fewer bytes to move, and the GPU casts faster
         if name in factors:
-            moved = apply_scale(moved, factors[name].to(device))
+            moved = apply_scale(moved, factors[name].to(device), scaled.rotations.get(name, 0))
         yield name, moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
 

@@ -24,7 +24,7 @@ if triton_is_installed():
 if triton_is_installed():
 
     @triton.jit(do_not_specialize=["num_rows"])
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _int8_kernel(  # type: ignore[no-untyped-def]
         q_ptr,
         scale_ptr,
         weight_ptr,
@@ -70,7 +70,7 @@ if triton_is_installed():
         to = out_ptr + row[:, None].to(tl.int64) * OUT_STRIDE + column[None, :]
         tl.store(to, y.to(out_ptr.dtype.element_ty), mask=has_row[:, None] & has_column[None, :])
 
-    _run = Launcher(_kernel)
+    _run = Launcher(_int8_kernel)
 
 
 # 3. Public

@@ -73,7 +73,7 @@ def _per_token(parameter_MD: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
 if triton_is_installed():
 
     @triton.jit(do_not_specialize=["eps"])
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _norm_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         y_ptr,
         gate_ptr,
@@ -120,7 +120,7 @@ if triton_is_installed():
                 tl.store(h_ptr + token * D + column, values.to(h_ptr.dtype.element_ty), mask=inside)
                 tl.store(row_scale_ptr + token, row_scale)
 
-    _run = Launcher(_kernel)
+    _run = Launcher(_norm_kernel)
 
 
 def _launch(

@@ -64,10 +64,25 @@ if triton_is_installed():
         """x [BLOCK], fp32, rotated and divided by its scale, still fp32; and the scale."""
         x = rotate_row(x, BLOCK, ROTATION)
         scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LIMIT
-        x = x / scale
+        return in_steps(x, 1.0 / scale, LIMIT), scale
+
+    @triton.jit
+    def in_steps(x, inverse, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x / scale, whole numbers for int8; the conversion to fp8 rounds and saturates."""
+        x = x * inverse
         if LIMIT == 127:
-            x = tl.floor(x + 0.5)
-        return tl.minimum(tl.maximum(x, -LIMIT), LIMIT), scale
+            x = tl.minimum(tl.maximum(tl.floor(x + 0.5), -127.0), 127.0)
+        return x
+
+    @triton.jit
+    def _part(  # type: ignore[no-untyped-def]
+        x_ptr, column, D: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr
+    ):
+        """A part of a row as it will be quantised, fp32."""
+        x = tl.load(x_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+        if GELU:  # x / (1 + exp(-2 y)) = x (1 + tanh(y)) / 2
+            x = x / (1.0 + tl.exp(tl.minimum(x * (-1.5957691216057308 - 0.07135481282638786 * x * x), 80.0)))
+        return rotate_row(x, BLOCK, ROTATION)
 
     @triton.jit
     def _quantize_kernel(  # type: ignore[no-untyped-def]
@@ -77,20 +92,28 @@ if triton_is_installed():
         X_STRIDE: tl.constexpr,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
+        PARTS: tl.constexpr,  # of BLOCK columns; 1 or 3, since widths of this model are three powers of two
         GELU: tl.constexpr,
         LIMIT: tl.constexpr,
         ROTATION: tl.constexpr,
     ):
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
-        inside = column < D
-        x = tl.load(x_ptr + token * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-        if GELU:
-            inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-            small = tl.exp(-2 * tl.abs(inner))
-            x = x * tl.where(inner > 0, 1.0, small) / (1 + small)  # x (1 + tanh(inner)) / 2
-        values, scale = quantize_row(x, LIMIT, BLOCK, ROTATION)
-        tl.store(q_ptr + token * D + column, values.to(q_ptr.dtype.element_ty), mask=inside)
+        x_ptr += token * X_STRIDE
+        q_ptr += token * D
+        kind: tl.constexpr = q_ptr.dtype.element_ty
+        x0 = _part(x_ptr, column, D, BLOCK, GELU, ROTATION)
+        largest = tl.max(tl.abs(x0), 0)
+        if PARTS == 3:
+            x1 = _part(x_ptr, column + BLOCK, D, BLOCK, GELU, ROTATION)
+            x2 = _part(x_ptr, column + 2 * BLOCK, D, BLOCK, GELU, ROTATION)
+            largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(x1), tl.abs(x2)), 0))
+        scale = tl.maximum(largest, 1e-12) / LIMIT
+        inverse = 1.0 / scale
+        tl.store(q_ptr + column, in_steps(x0, inverse, LIMIT).to(kind), mask=column < D)
+        if PARTS == 3:
+            tl.store(q_ptr + column + BLOCK, in_steps(x1, inverse, LIMIT).to(kind))
+            tl.store(q_ptr + column + 2 * BLOCK, in_steps(x2, inverse, LIMIT).to(kind))
         tl.store(scale_ptr + token, scale)
 
     @triton.jit
@@ -115,14 +138,16 @@ def _launch_quantize(x: Tensor, target: Target, with_gelu: bool) -> Rows:
     values = torch.empty((num_tokens, width), dtype=target.dtype, device=x.device)
     scale = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
     if num_tokens:
-        block = power_of_2(width)
-        constants = (x.stride(0), width, block, with_gelu, LIMITS[target.dtype], target.rotation)
-        _run_quantize((num_tokens, 1, 1), (x, values, scale), (), constants, _num_warps(block))
+        third = width // 3
+        parts = 3 if width == 3 * third and power_of_2(third) == third >= max(target.rotation, 256) else 1
+        block = third if parts == 3 else power_of_2(width)
+        constants = (x.stride(0), width, block, parts, with_gelu, LIMITS[target.dtype], target.rotation)
+        _run_quantize((num_tokens, 1, 1), (x, values, scale), (), constants, _num_warps(block * parts))
     return Rows(values, scale)
 
 
-def _num_warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
+def _num_warps(columns: int) -> int:
+    return min(max(power_of_2(columns) // 512, 1), 16)
 
 
 # 3. Public
@@ -192,25 +217,46 @@ def _fp8_product(
     out: Tensor | None,
 ) -> Tensor:
     """The vendor's product: bf16 with a bf16 bias, then cast."""
-    if bias is not None and bias.dtype != torch.bfloat16:
-        bias = bias.to(torch.bfloat16)
-    weight_t, weight_scale = weight.t(), weight_scale.t()
-    if out is not None and out.dtype == torch.bfloat16 and out.is_contiguous():
-        torch._scaled_mm(
-            rows.values,
-            weight_t,
-            rows.scale,
-            weight_scale,
-            bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-            out=out,
-        )
-        return out
-    y: Tensor = torch._scaled_mm(
-        rows.values, weight_t, rows.scale, weight_scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    num_rows = rows.values.shape[0]
+    if num_rows < _FEWEST_ROWS:
+        rows = _with_more_rows(rows)
+    if bias is not None:
+        bias = _aligned(bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16))
+    direct = out is not None and out.dtype == torch.bfloat16 and out.is_contiguous()
+    y = out if direct and num_rows >= _FEWEST_ROWS and out is not None and _is_aligned(out) else None
+    if y is None:
+        y = torch.empty((rows.values.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=weight.device)
+    torch._scaled_mm(
+        _aligned(rows.values),
+        _aligned(weight).t(),
+        _aligned(rows.scale),
+        _aligned(weight_scale).t(),
+        bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+        out=y,
     )
-    return y if dtype == torch.bfloat16 else y.to(dtype)
+    if y is out:
+        return y
+    return y[:num_rows].to(dtype)
+
+
+# The vendor's library refuses some products of fewer, and addresses that are no multiples of 16 bytes.
+_FEWEST_ROWS = 16
+
+
+def _with_more_rows(rows: Rows) -> Rows:
+    missing = _FEWEST_ROWS - rows.values.shape[0]
+    values = torch.nn.functional.pad(rows.values.view(torch.int8), (0, 0, 0, missing)).view(rows.values.dtype)
+    return Rows(values, torch.nn.functional.pad(rows.scale, (0, 0, 0, missing)))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:

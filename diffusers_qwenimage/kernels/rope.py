@@ -72,7 +72,7 @@ def _turn(x: Tensor, table: Tensor, *, back: bool = False) -> Tensor:
 if triton_is_installed():
 
     @triton.jit(do_not_specialize=["table_rows", "eps"])
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _rope_kernel(  # type: ignore[no-untyped-def]
         source_ptr,
         joint_ptr,
         rows_ptr,
@@ -121,7 +121,7 @@ if triton_is_installed():
             turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
             tl.store(to, tl.reshape(turned, (HEADS, BLOCK)).to(kind), mask=inside)
 
-    _run = Launcher(_kernel)
+    _run = Launcher(_rope_kernel)
 
 
 def _launch(

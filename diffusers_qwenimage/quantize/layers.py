@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.kernels.rows import FP8, Rows, Target, has_fp8_products, quantize_rows_reference
+from diffusers_qwenimage.kernels.rows import (
+    FP8,
+    LIMITS,
+    SMALLEST,
+    Rows,
+    Target,
+    has_fp8_products,
+    quantize_rows_reference,
+)
+
+# Of the scale of an fp8 weight for a row: 2^-16 of the largest value is next to nothing.
+MOST_HALVINGS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +207,22 @@ def scaled_linear_of(
 def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """A weight [O, I] as the kind stores it, and its scales [O, 1].
 
+    The scales of fp8 are that of the whole weight halved as often as a row allows. A floating type loses
+    nothing by it, and the same values can be written with one scale for all rows, as ComfyUI reads them.
+
     Raises:
         ValueError: if it holds values that are not finite.
     """
     scheme = scheme_of(kind)
-    target = Target(scheme.dtype, rotation_of(scheme, weight.shape[1]))
-    quantized, scale = quantize_rows_reference(weight, target)
+    if scheme.dtype != FP8:
+        target = Target(scheme.dtype, rotation_of(scheme, weight.shape[1]))
+        quantized, scale = quantize_rows_reference(weight, target)
+    else:
+        wide = weight.float()
+        largest = wide.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
+        halvings = torch.log2(largest.amax() / largest).floor().clamp_max(MOST_HALVINGS)
+        scale = largest.amax() / LIMITS[FP8] * torch.exp2(-halvings)
+        quantized = (wide / scale).clamp(-LIMITS[FP8], LIMITS[FP8]).to(FP8)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("The weight holds values that are not finite; it cannot be quantised.")
     return quantized, scale
