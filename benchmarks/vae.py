@@ -67,6 +67,8 @@ def main() -> None:
         record("vae", case, value, unit, peak_memory_gib=peak, path=args.results)
 
     stock, ours = build(args.device, args.base_dim)
+    if "profile" in args.cases and args.profile:
+        profile(ours, max(args.sides), args.device, args.profile)
     if "error" in args.cases:
         measure_errors(stock, ours, args.device, min(384, *args.sides), note)
     if "attention" in args.cases:
@@ -74,16 +76,15 @@ def main() -> None:
     for side in args.sides:
         if "time" in args.cases:
             compare(stock, ours, side, args, note)
-    if "profile" in args.cases and args.profile:
-        profile(ours, max(args.sides), args.device, args.profile)
 
 
 def build(device: str, base_dim: int) -> tuple[torch.nn.Module, AutoencoderKLQwenImage]:
     """diffusers' and ours over the same random weights, in bf16."""
     torch.manual_seed(0)
-    stock = diffusers.AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
-    ours = AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
-    stock.to(device, torch.bfloat16)
+    with torch.device(device):
+        stock = diffusers.AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
+        ours = AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
+    stock.to(torch.bfloat16)
     ours.load_state_dict(stock.state_dict(), assign=True)
     return stock, ours
 
@@ -120,7 +121,8 @@ def measure_errors(
         for name, backend in (("diffusers", None), ("ours, plain", "off"), ("ours, fused", "auto")):
             with use_backend(backend):
                 results[name] = run(ours if backend else stock, x)
-        exact = run(stock.float(), x.float())
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = run(stock.float(), x.float())
         stock.to(torch.bfloat16)
         ours.load_state_dict(stock.state_dict(), assign=True)
         for name, result in results.items():
@@ -153,7 +155,7 @@ def arm(
     backend, model = ARMS[name], stock if ARMS[name] is None else ours
 
     def call() -> Tensor:
-        tried = torch.backends.cudnn.flags(benchmark="tried out" in name, allow_tf32=True)
+        tried = torch.backends.cudnn.flags(enabled=True, benchmark="tried out" in name)
         with use_backend(backend), tried:
             if "tiles" in name:
                 ours.enable_tiling(tile_size=64, tile_stride=48)

@@ -8,8 +8,8 @@ What is computed is what `vae.py` computes; the order is chosen for the GPU:
 * 1x1 convolutions are matrix products;
 * nearest-neighbour upsampling and the convolution behind it are one convolution of the small picture;
 * the few channels of pixels and latents are filled up to eight, below which tensor cores do not work;
-* what is no longer needed is freed or written over, so that about four pictures of the largest size exist at
-  a time.
+* what is no longer needed is freed or written over, so that three pictures of the largest size exist at a
+  time.
 
 Gradients, compilation, hooks and changed modules take the plain path (`why_not`).
 
@@ -69,7 +69,7 @@ def fused_encode(vae: Any, pixels: Tensor) -> Tensor:
         x = _layer(layer, x)
     x = _middle(encoder.mid_block, x)
     h = norm(x, _gamma(encoder.norm_out))
-    del x
+    x.drop()
     return _pointwise(vae.quant_conv, _last(encoder.conv_out, h))
 
 
@@ -83,7 +83,7 @@ def fused_decode(vae: Any, latents: Tensor) -> Tensor:
         for layer in (*block.resnets, *(block.upsamplers or ())):
             x = _layer(layer, x)
     h = norm(x, _gamma(decoder.norm_out))
-    del x
+    x.drop()
     return _last(decoder.conv_out, h)
 
 
@@ -106,7 +106,7 @@ def _layer(layer: Any, x: Pending) -> Pending:
 
 def _residual_block(block: Any, x: Pending) -> Pending:
     total, h = add_norm(x, _gamma(block.norm1))
-    del x
+    x.drop()
     h = _convolve(block.conv1, h)
     h = norm(Pending(conv=h, bias=block.conv1.bias), _gamma(block.norm2))
     h = _convolve(block.conv2, h)
@@ -117,6 +117,7 @@ def _residual_block(block: Any, x: Pending) -> Pending:
 
 def _attention(block: Any, x: Pending) -> Pending:
     total, h = add_norm(x, _gamma(block.norm), silu=False)
+    x.drop()
     batch, channels, height, width = total.shape
     qkv = _pointwise(block.to_qkv, h).permute(0, 2, 3, 1).reshape(batch, height * width, 3 * channels)
     attended = wide_attention(qkv).view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -124,12 +125,15 @@ def _attention(block: Any, x: Pending) -> Pending:
 
 
 def _upsample(convolution: Any, x: Pending) -> Pending:
-    phases = F.conv2d(add(x), _channels_last(upsampling_weight(convolution.weight)), padding=1)
+    total = add(x)
+    x.drop()
+    phases = F.conv2d(total, _channels_last(upsampling_weight(convolution.weight)), padding=1)
     return Pending(conv=phases, bias=convolution.bias, is_interleaved=True)
 
 
 def _downsample(convolution: Any, x: Pending) -> Pending:
     padded = F.pad(add(x), (0, 1, 0, 1))
+    x.drop()
     return Pending(conv=F.conv2d(padded, _channels_last(convolution.weight), stride=2), bias=convolution.bias)
 
 

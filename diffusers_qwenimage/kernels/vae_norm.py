@@ -26,7 +26,7 @@ EPSILON = 1e-12
 _TILE = 4096  # values of a program's tile
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Pending:
     """A sum whose terms are known but not yet added: conv + bias + residual.
 
@@ -42,6 +42,10 @@ class Pending:
     bias: Tensor | None = None
     residual: Tensor | None = None
     is_interleaved: bool = False
+
+    def drop(self) -> None:
+        """Let go of the terms when they were added, though callers hold on to this object."""
+        self.conv, self.bias, self.residual = self.conv.new_empty(0), None, None
 
 
 # 1. Reference
