@@ -63,6 +63,7 @@ def test_what_cannot_be_fused_is_named_and_still_right():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_true_width_on_a_gpu(dtype):
     """The published sizes: no further from fp32 than stock, also for sides of an odd number of latents."""
