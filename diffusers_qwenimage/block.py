@@ -40,6 +40,7 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.txt_mlp = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
         self.keep = "all"  # what a fused training step keeps for its backward pass: fused_training.Keep
+        self.mlp_rows: int | None = None  # most image tokens that the fused path's MLP takes at a time
         self.plan: Plan | None = None  # of the fused path, as it was made last
 
     def forward(

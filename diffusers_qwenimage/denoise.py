@@ -195,7 +195,7 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
         """The velocity of each branch that is asked for, in one pass where the model allows it."""
         residuals = _residuals(inputs, index, sigmas[index], latents, branches.prompt)
         tokens = latents if inputs.reference is None else torch.cat([latents, inputs.reference], dim=1)
-        if len(texts) > 1 and ours and not model.is_cache_enabled:
+        if len(texts) > 1 and ours and not (model.is_cache_enabled or model.separate_guidance):
             # Every weight is read once per step.
             together = call(index, tokens, [sample for text in texts for sample in text], residuals)
             return list(together.chunk(len(texts)))

@@ -141,7 +141,7 @@ def fused_block(
     target = plan.image_mlp.target
     image, tokens = mlp_norm(image_BLD, image_attention, image_modulation, image_index, target, triton)
     del image_attention
-    image = _mlp(image, tokens, plan.image_mlp, image_modulation, image_index, triton)
+    image = _mlp(image, tokens, plan.image_mlp, image_modulation, image_index, triton, block.mlp_rows)
     side.join()
     return image, text
 
@@ -287,10 +287,17 @@ def _text_of(attended: Sequence[Tokens], layout: Layout) -> Tokens:
 
 
 def _mlp(
-    tokens: Tensor, normed: Tokens, mlp: Mlp, modulation: Tensor, index: Tensor | None, triton: bool
+    tokens: Tensor,
+    normed: Tokens,
+    mlp: Mlp,
+    modulation: Tensor,
+    index: Tensor | None,
+    triton: bool,
+    max_rows: int | None = None,
 ) -> Tensor:
     """The MLP of one stream, of `normed` [N, D], added to its tokens."""
-    tokens = mlp_add(tokens, mlp(normed, tokens.dtype, triton=triton), modulation, index, triton)
+    added = mlp(normed, tokens.dtype, triton=triton, max_rows=max_rows)
+    tokens = mlp_add(tokens, added, modulation, index, triton)
     if tokens.dtype == torch.float16:  # outliers of this model exceed fp16
         tokens = tokens.clip(-65504, 65504)
     return tokens

@@ -154,15 +154,31 @@ class Mlp:
 
     def __init__(self, module: FeedForward, device: torch.device) -> None:
         first, _, last = cast(nn.ModuleList, module.net)
+        self._device = device
         self._up = Layer(cast(GELU, first).proj, device)
         self._down = Layer(last, device)
         self.target = self._up.target
 
-    def __call__(self, x: Tensor | Rows, dtype: torch.dtype, *, triton: bool) -> Tensor:
-        """The MLP of x: [N, D] in `dtype`."""
+    def __call__(
+        self, x: Tensor | Rows, dtype: torch.dtype, *, triton: bool, max_rows: int | None = None
+    ) -> Tensor:
+        """The MLP of x: [N, D] in `dtype`; of `max_rows` tokens at a time, to save memory."""
+        num_rows = x[0].shape[0] if isinstance(x, Rows) else x.shape[0]
+        if max_rows is None or num_rows <= max_rows:
+            return self._down(self._hidden(x, dtype, triton), dtype)
+        width = cast(nn.Linear, self._down.module).out_features
+        out = torch.empty((num_rows, width), dtype=dtype, device=self._device)
+        for start in range(0, num_rows, max_rows):
+            part = slice(start, start + max_rows)
+            rows = Rows(x.values[part], x.scale[part]) if isinstance(x, Rows) else x[part]
+            self._down.into(out[part], self._hidden(rows, dtype, triton))
+        return out
+
+    def _hidden(self, x: Tensor | Rows, dtype: torch.dtype, triton: bool) -> Tensor | Rows:
+        """What the second layer takes, [N, 4 D]."""
         if self._down.target is not None:
-            return self._down(gelu_quantize(self._up(x, dtype), self._down.target), dtype)
-        return self._down(self._up.with_gelu(x, dtype, triton=triton), dtype)
+            return gelu_quantize(self._up(x, dtype), self._down.target)
+        return self._up.with_gelu(x, dtype, triton=triton)
 
 
 class Plan:
