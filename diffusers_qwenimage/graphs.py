@@ -275,6 +275,8 @@ class Graphs:
             replay, result = self._record(lambda: forward(model, static), device, self._pool)
         except torch.OutOfMemoryError:
             reason = "device memory ran out"
+        except RuntimeError as error:  # a mistake that is not of recording comes again below, launched
+            reason = f"recording failed ({str(error).splitlines()[0]})"
         else:
             return _Recorded(replay=replay, fixed=fixed, result=result, kept=kept_by(model, call))
         self.give_up(reason)
@@ -347,6 +349,8 @@ def signature_of(model: nn.Module) -> int | None:
             parts += (*state["_active_adapter"], state["_disable_adapters"], len(state["merged_adapters"]))
         elif "processor" in state:
             parts += (type(state["processor"]), state["processor"].__dict__.get("_attention_backend"))
+        elif "mlp_rows" in state:  # a block
+            parts.append(state["mlp_rows"])
         elif "p" in state and isinstance(module, nn.Dropout) and not is_idle_dropout(module):
             return None
         waiting += [child for child in state["_modules"].values() if child is not None]

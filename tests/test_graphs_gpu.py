@@ -139,6 +139,33 @@ def test_recording_without_memory_goes_on_launched(model):
     assert graphs.given_up == "device memory ran out"
 
 
+class Copying(torch.nn.Module):
+    """Copies from the processor's memory, which cannot be recorded."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return self.inner(*args) * torch.ones(1).to("cuda", torch.bfloat16)
+
+
+def test_what_cannot_be_recorded_goes_on_launched(model, monkeypatch):
+    graphs = Graphs()
+    graphs.mode = "on"
+    call = call_of((77, 10))
+    expected = forward(model, call)
+    monkeypatch.setattr(model, "norm_out", Copying(model.norm_out))
+    for _ in range(3):
+        assert torch.equal(graphs(model, call), expected)
+    assert "recording failed" in graphs.given_up
+    graphs.mode = "on"
+    monkeypatch.undo()
+    for _ in range(3):
+        assert torch.equal(graphs(model, call), expected)
+    assert graphs.number == 1
+
+
 def test_denoise_with_graphs_is_bit_equal(model):
     def run(mode):
         graphs_of(model).mode = mode
