@@ -113,7 +113,8 @@ def fused_block(
     attn = block.attn
     joint = torch.empty((layout.num_rows, 3, attn.heads, attn.head_dim), dtype=dtype, device=device)
 
-    side = side_of(device, "text", wanted=text_beside_image)
+    # Another stream has memory of its own: not where memory is what counts.
+    side = side_of(device, "text", wanted=text_beside_image and block.mlp_rows is None)
     with side:
         target = plan.text_qkv.target
         tokens = attention_norm(text_BTD, text_modulation, text_index, target, triton)
@@ -127,8 +128,9 @@ def fused_block(
     if plan.attended_target is not None:
         attended = [_quantize(sample, plan.attended_target) for sample in attended]
 
+    text_attended = _text_of(attended, layout)  # a copy, since the side stream may still read it below
     with side:
-        text_attention = plan.text_out(_text_of(attended, layout), dtype)
+        text_attention = plan.text_out(text_attended, dtype)
         target = plan.text_mlp.target
         text, tokens = mlp_norm(text_BTD, text_attention, text_modulation, text_index, target, triton)
         text = _mlp(text, tokens, plan.text_mlp, text_modulation, text_index, triton)
@@ -138,6 +140,7 @@ def fused_block(
         out = image_attention if batch == 1 else image_attention[start : start + num_image]
         plan.image_out.into(out, _rows(sample, length, length + num_image))
         start += num_image
+    del attended, sample
     target = plan.image_mlp.target
     image, tokens = mlp_norm(image_BLD, image_attention, image_modulation, image_index, target, triton)
     del image_attention
@@ -274,10 +277,8 @@ def _rows(tokens: Tokens, start: int, end: int) -> Tokens:
 
 
 def _text_of(attended: Sequence[Tokens], layout: Layout) -> Tokens:
-    """The text tokens of all samples, [T, D]."""
+    """The text tokens of all samples, [T, D], in memory of their own."""
     parts = [_rows(sample, 0, length) for sample, length in zip(attended, layout.text_lengths, strict=True)]
-    if len(parts) == 1:
-        return parts[0]
     if isinstance(parts[0], Rows):
         # fp8 knows no concatenation
         values = torch.cat([part.values.view(torch.int8) for part in parts if isinstance(part, Rows)])
