@@ -33,7 +33,7 @@ from .needs import (
 )
 
 GIB = 2**30
-PREFERRED_TILE = 96  # latent pixels: tiles are not made smaller to keep more of the transformer resident
+PREFERRED_TILE = 80  # latent pixels: tiles are not made smaller to keep more of the transformer resident
 ATTEMPTS = 32
 LANGUAGE_LAYERS = ("model.language_model.layers", "language_model.layers", "model.layers", "layers")
 NOT_RUN = ("lm_head", "model.visual", "visual")  # by text prompts
