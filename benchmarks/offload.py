@@ -141,7 +141,8 @@ def measure_budgets(
         limit = max(int(budget * GIB) - (0 if frugal else beside + SPARE), least.smallest_bytes)
         label = f"budget {budget:g} GiB" + (", saving memory" if frugal else "")
         try:
-            limit, number = (least.smallest_bytes, 1) if frugal else (limit, None)
+            number = 1 if frugal else None
+            limit = least.smallest_bytes if frugal else limit
             results[label], needed = measure(model, step, setting, label, limit, number, budget, note)
             beside = beside if frugal else needed
         except torch.OutOfMemoryError as error:
@@ -172,7 +173,8 @@ def measure(
         cap(device, budget)  # else the weights are on their way out of the device
     memory = resident_memory()
     start = time.perf_counter()
-    plan = stream(model, device=device, vram_limit=limit, num_slots=num_slots)
+    on_call = ("img_mod", "txt_mod", "norm_out") if model.separate_guidance else None
+    plan = stream(model, device=device, vram_limit=limit, num_slots=num_slots, on_call=on_call)
     synchronize(device)
     note(f"{label}, placing the weights", time.perf_counter() - start, "s")
     empty_cache(device)
