@@ -144,11 +144,10 @@ def _choose_weights(transformer: QwenImageTransformer2DModel, kind: str | None, 
     before = transformer.get_memory_footprint()
     names = quantize_(transformer, kind)
     after = transformer.get_memory_footprint()
-    chosen.add(
-        "weights",
-        kind,
-        f"{len(names)} layers quantised, {before / GIB:.2f} to {after / GIB:.2f} GiB; not exact",
-    )
+    reason = f"{len(names)} layers quantised, {before / GIB:.2f} to {after / GIB:.2f} GiB; not exact"
+    if transformer.img_in.weight.device.type != "cuda":
+        reason += ", and slower without a GPU"
+    chosen.add("weights", kind, reason)
 
 
 def _choose_kernels(transformer: QwenImageTransformer2DModel, chosen: Choices) -> None:
