@@ -229,6 +229,10 @@ class TrainConfig:
     """Keep the frozen modulation weights of the dit, a third of it, on the device, instead of their values
     for each timestep in host memory. The results are the same."""
 
+    cuda_graphs: bool = True
+    """Launch every kernel of a step by itself, instead of recording the steps of each shape as CUDA graphs;
+    with many lengths of captions, recording takes its time too."""
+
     sharding: Literal["none", "optimizer", "full"] = "none"
     """How several processes share the dit: none, each has all of it (data parallelism); optimizer, gradients
     and optimizer states are spread (ZeRO-2); full, the weights too (FSDP2, ZeRO-3)."""

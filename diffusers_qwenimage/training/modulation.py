@@ -11,8 +11,8 @@ A LoRA on these layers stays as it is: PEFT adds it to what the replaced layer r
 Shapes: S sigmas, B samples, N modulated layers (two per block), D width.
 """
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class TabulatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The rows of this step [B or 1, O], in the shape that the layer would return for `x` [..., I]."""
-        assert self.current is not None, "ModulationRows.select comes first"
+        assert self.current is not None, "ModulationRows.of comes first"
         if x.ndim == 2:
             return self.current
         return self.current.view(-1, *[1] * (x.ndim - 2), self.out_features)
@@ -66,21 +66,24 @@ class ModulationRows:
         transformer: ours; its modulation layers are replaced in place.
         dtype: what it computes in; timesteps are rounded to it.
         device: where it computes.
+        embed: embeds the timestep on the device, if the transformer's own module cannot be called outside of
+            its forward.
 
     Raises:
         ValueError: if its modulation depends on more than the timestep, or is trained itself.
     """
 
-    def __init__(self, transformer: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, transformer: Any, *, dtype: torch.dtype, device: torch.device, embed: Any = None
+    ) -> None:
         if transformer.config.zero_cond_t or transformer.config.use_additional_t_cond:
             raise ValueError("The modulation of this transformer depends on more than the timestep.")
-        # A copy, since the transformer's own weights may be spread over processes outside of its forward.
-        self._embed = deepcopy(transformer.time_text_embed).to(device)
+        self._embed = transformer.time_text_embed if embed is None else embed
         self._dtype = dtype
         self._device = device
         self._layers = [_replace(block, name) for block in transformer.transformer_blocks for name in LAYERS]
         self._rows: dict[float, Tensor] = {}
-        self._current: Tensor | None = None
+        self._current: dict[int, Tensor] = {}
         self._is_selected = False
         transformer.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -101,26 +104,33 @@ class ModulationRows:
         found = self._compute(missing)
         self._rows.update(zip(missing, found.unbind(), strict=True))
 
-    def select(self, sigmas: Tensor) -> None:
-        """Use the rows of `sigmas` [B], a tensor on the CPU so that nobody waits, in the next forward."""
+    @contextmanager
+    def of(self, sigmas: Tensor) -> Iterator[None]:
+        """Within, forwards use the rows of `sigmas` [B], a tensor on the CPU so that nobody waits."""
+        self._select(sigmas)
+        self._is_selected = True
+        try:
+            yield
+        finally:
+            self._is_selected = False
+
+    def _select(self, sigmas: Tensor) -> None:
         self.prepare(sigmas)
         rows = [self._rows[key] for key in self._keys(sigmas)]
-        width = self._layers[0].out_features
-        shape = len(self._layers), len(rows), width
-        if self._current is None or self._current.shape != shape:
-            self._current = torch.empty(shape, dtype=self._dtype, device=self._device)
-            for layer, current in zip(self._layers, self._current.unbind(), strict=True):
-                layer.current = current
+        current = self._current.get(len(rows))
+        if current is None:  # stays where it is: CUDA graphs know it by address
+            shape = len(self._layers), len(rows), self._layers[0].out_features
+            current = self._current[len(rows)] = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for layer, part in zip(self._layers, current.unbind(), strict=True):
+            layer.current = part
         for index, row in enumerate(rows):
-            self._current[:, index].copy_(row, non_blocking=True)
-        self._is_selected = True
+            current[:, index].copy_(row, non_blocking=True)
 
     def _before(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """What nobody selected for (validation pictures) is selected here."""
         if not self._is_selected:
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[3]
-            self.select(timestep.cpu())
-        self._is_selected = False
+            self._select(timestep.cpu())
 
     def _keys(self, sigmas: Tensor) -> list[float]:
         rounded: list[float] = sigmas.to(self._dtype).tolist()

@@ -54,7 +54,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
     found, arguments = find_optimizer(config)
     make: Any = found
     if found is torch.optim.AdamW and parameters[0].is_cuda and "foreach" not in arguments:
-        arguments = {"fused": True, **arguments}  # one pass over weights, gradients and states
+        # One pass over weights, gradients and states, which a CUDA graph can hold.
+        arguments = {"fused": True, "capturable": True, **arguments}
     try:
         optimizer: torch.optim.Optimizer = make(parameters, **{"lr": config.learning_rate, **arguments})
     except TypeError as error:
@@ -62,6 +63,17 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
             f"The optimizer {config.optimizer} does not take these arguments: {error}."
         ) from error
     return optimizer
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Let the next steps have this rate; for a step that CUDA graphs can hold it is a tensor set in place."""
+    for group in optimizer.param_groups:
+        if not group.get("capturable", False):
+            group["lr"] = rate
+        elif isinstance(group["lr"], Tensor) and group["lr"].device == group["params"][0].device:
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.tensor(rate, device=group["params"][0].device)
 
 
 def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:

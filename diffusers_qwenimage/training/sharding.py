@@ -55,7 +55,7 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, if `like` is spread."""
     if isinstance(like, DTensor):
         moved = value.to(like.device, like.dtype)
-        return distribute_tensor(moved, like.device_mesh, like.placements)
+        return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
     return value
 
 

@@ -7,6 +7,7 @@ their weights to the type of their input, whole models run under autocast.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def place_base_(
     """
     modulation = None
     if config.modulation_table and can_tabulate(transformer):
-        modulation = ModulationRows(transformer, dtype=compute_dtype(config), device=device)
+        sharded = config.sharding != "none"
+        embed = deepcopy(transformer.time_text_embed).to(device) if sharded else None
+        modulation = ModulationRows(transformer, dtype=compute_dtype(config), device=device, embed=embed)
     if config.base_weights != "plain":
         for block in transformer.transformer_blocks:
             quantize_(block.to(device), config.base_weights)

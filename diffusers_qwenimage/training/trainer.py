@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,19 +19,25 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusers_qwenimage.kernels import backend
+from diffusers_qwenimage.offload import streamed
+
+from .batch import Batch
 from .cache import Encoders, TensorCache
 from .checkpoints import State, bytes_of, check_space, find_start, load_state, save_state
-from .config import SIDE, TrainConfig, comma_list
-from .data import BadImage, Sample, inspect_rows
+from .config import TrainConfig, comma_list
+from .data import Sample, inspect_rows
+from .feed import Feed
+from .graphs import StepGraphs
 from .guard import Guard
 from .hashing import digest_of
 from .logs import Record, RunLog, check_loggers, write_card
 from .metadata import read_rows
 from .models import ModelFiles, find_models
 from .objective import Objective, flow_matching_loss
-from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer
-from .plan import Captions, Plan, Slot
-from .randomness import Stream, generator, seed_for
+from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer, set_learning_rate
+from .plan import Plan, Slot
+from .randomness import Stream, seed_for
 from .sharding import spread, spread_states, whole, whole_states
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
@@ -117,17 +123,14 @@ class Trainer:
             seed=config.seed,
         )
         self.num_steps = config.max_steps or config.num_epochs * self.plan.steps_per_epoch
-        self.captions = Captions(
-            prefix=config.caption_prefix,
-            shuffle=config.caption_shuffle,
-            dropout=config.caption_dropout,
-            seed=config.seed,
-        )
         cache = TensorCache(Path(config.cache_path or self.output / "cache") if config.cache else None)
         self.encoders = Encoders(files, cache, dtype=self.dtype, device=accelerator.device)
         self.is_sharded = config.sharding != "none"
         self.guard = Guard(spike_factor=config.spike_factor, max_bad=config.max_bad_steps)
-        self.reported: set[str] = set()
+        self.objective = Objective(config=config, scheduler_config=files.load_scheduler().config)
+        on_gpu = accelerator.device.type == "cuda"
+        self.feed = Feed(config, samples, self.encoders, self.objective, pin=on_gpu)
+        self.graphs: StepGraphs | None = None
 
     def run(self, state: State | None) -> Path:
         """Train from `state`, or from the start; returns the weights written last."""
@@ -191,27 +194,20 @@ class Trainer:
     def _step(self, step: int, started: float) -> tuple[Record, bool]:
         """One optimizer step; also whether to end after it (some process got SIGTERM)."""
         rate = learning_rate_at(self.config, step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.accelerator.device)
-        names: list[str] = []
+        set_learning_rate(self.optimizer, rate)
         self._prepare_modulation(step)
-        for micro in range(self.config.gradient_accumulation_steps):
-            slots = self.plan.batch(step, micro, self.accelerator.process_index)
-            with self.accelerator.accumulate(*self.modules.values()):
-                loss, used = self._loss(slots)
-                self.accelerator.backward(loss)
-            total += loss.detach() / self.config.gradient_accumulation_steps
-            names += used
+        total, norm, names, update = self._gradients(step)
+        if step + 1 < self.num_steps:
+            self.feed.prepare(self.plan.batch(step + 1, 0, self.accelerator.process_index))
         facts = torch.stack([total, torch.full_like(total, float(self.stop.received))])
         facts = self.accelerator.reduce(facts, reduction="mean")
         # The one place in a step that waits for the device.
-        mean_loss, stopping, norm = torch.cat([facts, self._clip().to(facts)[None]]).tolist()
-        reason = self.guard.judge(mean_loss, norm)
+        mean_loss, stopping, norm_value = torch.cat([facts, norm.to(facts)[None]]).tolist()
+        reason = self.guard.judge(mean_loss, norm_value)
         if reason:
             logger.warning("Step %d is skipped for %s; samples: %s.", step + 1, reason, ", ".join(names))
         else:
-            self.optimizer.step()
+            update()
             if self.average:
                 self.average.update(self.trained.parameters, step + 1)
         self.optimizer.zero_grad()
@@ -221,61 +217,59 @@ class Trainer:
             epoch=step // self.plan.steps_per_epoch,
             loss=mean_loss,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=norm_value,
             seconds=round(time.perf_counter() - started, 4),
             skipped=reason.replace(",", ";"),
         )
         return record, stopping > 0
 
+    def _gradients(self, step: int) -> tuple[Tensor, Tensor, list[str], Callable[[], object]]:
+        """Loss, norm of the gradient (clipped after that), names of the samples, and what takes the step."""
+        if self.graphs is not None:
+            slots = self.plan.batch(step, 0, 0)
+            batch = self.feed.batch(slots)
+            with self._modulated(batch):
+                recorded = self.graphs.gradients(batch)
+            if recorded is not None:
+                return *recorded, list(batch.names), self.graphs.update
+            self.feed.give_back(slots, batch)
+        total = torch.zeros((), device=self.accelerator.device)
+        names: list[str] = []
+        for micro in range(self.config.gradient_accumulation_steps):
+            slots = self.plan.batch(step, micro, self.accelerator.process_index)
+            with self.accelerator.accumulate(*self.modules.values()):
+                loss, used = self._loss(slots)
+                self.accelerator.backward(loss)
+            total += loss.detach() / self.config.gradient_accumulation_steps
+            names += used
+        return total, self._clip(), names, self.optimizer.step
+
     def _loss(self, slots: Sequence[Slot]) -> tuple[Tensor, list[str]]:
         """The mean loss of a batch, and the names of its samples."""
-        device = self.accelerator.device
-        samples = [self.samples[slot.index] for slot in slots]
-        loaded = [self._latents(slot.index) for slot in slots]
-        clean = torch.stack([latents.to(device) for latents in loaded]).float()
-        texts = [self.captions.text(s.caption, slot.counter) for s, slot in zip(samples, slots, strict=True)]
-        draws = [generator(self.config.seed, Stream.NOISE, slot.counter) for slot in slots]
-        sigma = torch.cat([self._sigma(slot, draw) for slot, draw in zip(slots, draws, strict=True)])
-        if self.trained.modulation:
-            self.trained.modulation.select(sigma)
-        sigma = sigma.to(device)
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(device)
-        torch.manual_seed(seed_for(self.config.seed, Stream.DROPOUT, slots[0].counter))
-        with compute_context(self.config, device):
+        batch = self.feed.batch(slots)
+        torch.manual_seed(seed_for(self.config.seed, Stream.DROPOUT, batch.counter))
+        with self._modulated(batch):
+            return self._loss_of(batch.to(self.accelerator.device)), list(batch.names)
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch on the device."""
+        with compute_context(self.config, self.accelerator.device):
             losses = flow_matching_loss(
                 self.modules["dit"],
-                clean,
-                noise,
-                sigma,
-                self.objective.weight(sigma),
-                [self._embeds(text).to(device) for text in texts],
-                samples[0].grid,
+                batch.clean,
+                batch.noise,
+                batch.sigma,
+                self.objective.weight(batch.sigma),
+                batch.prompt,
+                batch.grid,
                 dtype=self.dtype,
             )
-        return losses.mean(), [sample.name for sample in samples]
+        return losses.mean()
 
-    def _latents(self, index: int) -> Tensor:
-        """Latents of a sample; of the next one of its size if its picture went bad and that is allowed."""
-        same = [i for i, size in enumerate(self.plan.sizes) if size == self.plan.sizes[index]]
-        start = same.index(index)
-        for candidate in [*same[start:], *same[:start]]:
-            sample = self.samples[candidate]
-            try:
-                if "vae" in self.config.trained_models:
-                    return self.encoders.encode_picture(sample)
-                return self.encoders.latents(sample)
-            except BadImage as error:
-                if self.config.on_bad_image == "error":
-                    raise
-                if sample.name not in self.reported:
-                    self.reported.add(sample.name)
-                    logger.warning("%s Another picture takes its place.", error)
-        raise BadImage("No picture of this size can be read any more.")
-
-    def _embeds(self, text: str) -> Tensor:
-        if "text_encoder" in self.config.trained_models:
-            return self.encoders.encode_text_with_gradients(text)
-        return self.encoders.embeds(text)
+    def _modulated(self, batch: Batch) -> AbstractContextManager[None]:
+        """Within, the modulation is that of the batch's noise levels."""
+        table = self.trained.modulation
+        return nullcontext() if table is None else table.of(batch.sigma_on_host)
 
     def _clip(self) -> Tensor:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""
@@ -298,15 +292,7 @@ class Trainer:
             for micro in range(self.config.gradient_accumulation_steps)
             for slot in self.plan.batch(later, micro, rank)
         ]
-        sigmas = [
-            self._sigma(slot, generator(self.config.seed, Stream.NOISE, slot.counter)) for slot in slots
-        ]
-        table.prepare(torch.cat(sigmas))
-
-    def _sigma(self, slot: Slot, draw: torch.Generator) -> Tensor:
-        """The noise level of a sample, [1]: the first number that is drawn for it."""
-        width, height = self.samples[slot.index].size
-        return self.objective.draw_sigma(width * height // SIDE**2, draw)
+        table.prepare(self.feed.sigmas(slots))
 
     # --- set-up ---
 
@@ -315,7 +301,7 @@ class Trainer:
         if not self.config.cache:
             return
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        texts = dict.fromkeys(text for s in self.samples for text in self.captions.all_texts(s.caption))
+        texts = dict.fromkeys(text for s in self.samples for text in self.feed.captions.all_texts(s.caption))
         pictures = list({(sample.digest, sample.size): sample for sample in self.samples}.values())
         trained = self.config.trained_models
         self.encoders.fill(
@@ -333,7 +319,6 @@ class Trainer:
     def _prepare_models(self) -> None:
         sizes = list(dict.fromkeys(sample.size for sample in self.samples))
         self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device, sizes)
-        self.objective = Objective(config=self.config, scheduler_config=self.files.load_scheduler().config)
         for name in ("vae", "text_encoder"):
             if name in self.trained.modules:
                 self.encoders.use(name, self.trained.modules[name])
@@ -343,8 +328,38 @@ class Trainer:
             *prepared, optimizer = self.accelerator.prepare(*modules.values(), optimizer)
             modules = dict(zip(modules, prepared, strict=True))
         self.modules, self.optimizer = modules, optimizer
+        if self._can_record():
+            self.graphs = StepGraphs(
+                loss=self._loss_of,
+                kept=self._kept_by,
+                parameters=list(self.trained.parameters.values()),
+                optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
+                max_norm=self.config.max_grad_norm or float("inf"),
+            )
         decay = self.config.ema_decay
         self.average = MovingAverage(decay, self.trained.parameters) if decay else None
+
+    def _can_record(self) -> bool:
+        """Whether steps can be CUDA graphs: one process, fused blocks, nothing that changes in between."""
+        config, device = self.config, self.accelerator.device
+        return (
+            config.cuda_graphs
+            and device.type == "cuda"
+            and backend(device).name != "off"
+            and self.accelerator.num_processes == 1
+            and config.gradient_accumulation_steps == 1
+            and config.trained_models == ("dit",)
+            and (config.is_lora and config.adapter == "lora" and config.lora_dropout == 0)
+            and config.checkpointing != "offload"
+            and streamed(self.trained.modules["dit"]) is None
+        )
+
+    def _kept_by(self, batch: Batch) -> Sequence[Tensor]:
+        """The rotary tables of a batch, which the transformer keeps for a while only."""
+        longest = max(text.shape[0] for text in batch.prompt)
+        transformer: Any = self.trained.modules["dit"]
+        tables: Sequence[Tensor] = transformer.pos_embed([(1, *batch.grid)], longest, batch.clean.device)
+        return tables
 
     def _start_trackers(self) -> None:
         if self.config.loggers:
@@ -431,10 +446,11 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.guard.load(state.values["guard"])
         if self.average:
-            plain = {name: state.trained[name] for name in saved}
-            kept = {name: state.trained.get(f"{EMA_PREFIX}{name}", plain[name]) for name in saved}
-            like = self.trained.parameters
-            self.average.load({name: spread(value, like[name]) for name, value in kept.items()})
+            averages = {}
+            for name, parameter in self.trained.parameters.items():
+                value = state.trained.get(f"{EMA_PREFIX}{name}", state.trained[name])
+                averages[name] = spread(value, parameter)
+            self.average.load(averages)
         if state.values["data"] != self._data_digest():
             logger.warning(
                 "The pictures, their order or the size of a step differ from those of the saved state; the "
@@ -449,7 +465,7 @@ class Trainer:
         return digest_of(
             [(sample.digest, sample.size, sample.caption) for sample in self.samples],
             (plan.repeat, plan.batch_size, plan.accumulation * plan.world, plan.seed),
-            (self.captions.prefix, self.captions.shuffle, self.captions.dropout),
+            (self.feed.captions.prefix, self.feed.captions.shuffle, self.feed.captions.dropout),
         )
 
     def _validates_after(self, step: int) -> bool:

@@ -81,8 +81,8 @@ def test_forgets_rows_when_there_are_too_many(workplace, monkeypatch):
     table.prepare(torch.linspace(0.1, 0.4, 4))
     table.prepare(torch.linspace(0.4, 0.8, 5))
     assert table.num_rows == 5
-    table.select(torch.tensor([0.1]))
-    assert table.num_rows == 1
+    with table.of(torch.tensor([0.1])):
+        assert table.num_rows == 1
 
 
 @pytest.mark.parametrize(
