@@ -10,11 +10,12 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -103,6 +104,47 @@ def write_safetensors(
             save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}.") from error
+
+
+def write_safetensors_in_turn(
+    path: str | Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose tensors are made one after the other, atomically.
+
+    Args:
+        path: where to.
+        entries: type (`"BF16"`) and shape of every tensor, in the order in which they will come.
+        tensors: their names and values, on any device; each is dropped before the next one is asked for.
+        metadata: text of the header.
+
+    Raises:
+        ValueError: if the tensors are not those of the entries.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    expected = iter(entries.items())
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        for name, tensor in tensors:
+            wanted, (dtype, shape) = next(expected, ("nothing", ("", ())))
+            size = tensor.numel() * tensor.element_size()
+            if (
+                name != wanted
+                or tuple(tensor.shape) != shape
+                or size * 8 != math.prod(shape) * DTYPE_BITS[dtype]
+            ):
+                raise ValueError(f"{name} {tuple(tensor.shape)} came where {wanted} {shape} was announced.")
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if (missing := next(expected, None)) is not None:
+            raise ValueError(f"{missing[0]} was announced for {path} and did not come.")
 
 
 @dataclass(frozen=True, kw_only=True)

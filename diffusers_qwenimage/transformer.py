@@ -337,6 +337,23 @@ class QwenImageTransformer2DModel(
         return weight is not None and weight.device != device
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "QwenImageTransformer2DModel":
+        """Load from a folder or the Hub, as diffusers does; also what `save_pretrained` wrote in 8 bits."""
+        from .quantize.loader import register_loader
+
+        register_loader()
+        return cast("QwenImageTransformer2DModel", super().from_pretrained(*args, **kwargs))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, layers in 8 bits as they are; `from_pretrained` of this class reads them."""
+        from .quantize.stored import record_of
+
+        record = record_of(self)
+        if record is not None or "quantization_config" in self.config:
+            self.register_to_config(quantization_config=record)
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
     def from_single_file(
         cls,
         pretrained_model_link_or_path_or_dict: Any,
@@ -346,6 +363,8 @@ class QwenImageTransformer2DModel(
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        weights: str | None = None,
+        skip: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> "QwenImageTransformer2DModel":
         """Load a transformer from one safetensors file: diffusers or ComfyUI keys, bf16, fp8 or scaled fp8.
@@ -359,6 +378,9 @@ class QwenImageTransformer2DModel(
             dtype: type of the loaded weights; bf16 when not given.
             torch_dtype: older name of `dtype`.
             device: where the weights go.
+            weights: kind of 8 bits in which to keep the layers (quantize.quantize_). What a file holds so is
+                taken as it is stored. Without it, 8-bit weights are multiplied out.
+            skip: layers that stay in `dtype`, where the file is not of 8 bits.
 
         Raises:
             ValueError: if the file is damaged, is no Qwen-Image transformer, or has unknown or missing keys.
@@ -377,6 +399,20 @@ class QwenImageTransformer2DModel(
                 **kwargs,
             )
             return cast("QwenImageTransformer2DModel", loaded)
+        if weights is not None:
+            from .quantize import SKIPPED, load_quantized
+
+            if isinstance(config, str | Path):
+                config = cast(dict[str, Any], cls.load_config(str(config), subfolder=subfolder))
+            return load_quantized(
+                cls,
+                source,
+                weights,
+                config=config,
+                skip=SKIPPED if skip is None else skip,
+                dtype=dtype or torch_dtype or torch.bfloat16,
+                device=device,
+            )
         return load_transformer_file(
             cls,
             source,

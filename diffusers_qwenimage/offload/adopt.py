@@ -23,7 +23,7 @@ from diffusers_qwenimage.checkpoint.assign import check_fits, tied_names
 from diffusers_qwenimage.checkpoint.reader import DTYPES
 from diffusers_qwenimage.checkpoint.scaled import ScaledCheckpoint, apply_scale, split_scales
 from diffusers_qwenimage.quantize import QuantizedLinear
-from diffusers_qwenimage.quantize.layers import quantize_weight
+from diffusers_qwenimage.quantize.stored import stored_weight
 
 from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
@@ -88,7 +88,7 @@ def adopt(
         _check_unchanged(module, placement, scaled)
 
     def place(placement: Placement, device: torch.device, progress: Progress) -> list[Unit]:
-        return _Adoption(module, placement, device, progress).run(scaled.weights, scaled.scales)
+        return _Adoption(module, placement, device, progress).run(scaled)
 
     Streaming(module, placement, target).start(place, progress)
     return placement.plan
@@ -137,18 +137,20 @@ class _Adoption:
         self._place_of: dict[str, tuple[_Slab, Tensor]] = {}
         self._left: dict[str, Tensor] = {}  # what stays as it is on the host, by name
         self._stays: dict[str, Member] = {}
+        self._rotations: Mapping[str, int] = {}  # of weights whose columns are rotated in the file
         self._streams: set[str] = set()  # of what stays, the part that the plan counts
         self._lock = threading.Lock()
         self._conversions = threading.Semaphore(CONVERSIONS)
         self._local = threading.local()
 
-    def run(self, weights: Checkpoint, scales: Mapping[str, object]) -> list[Unit]:
+    def run(self, scaled: ScaledCheckpoint) -> list[Unit]:
         """Read everything, and give the module its tensors."""
         self._prepare()
-        factors = dict(Checkpoint(tensors=dict(scales), metadata={}).read())  # type: ignore[arg-type]
+        self._rotations = scaled.rotations
+        factors = dict(Checkpoint(tensors=scaled.scales, metadata={}).read())
         with ThreadPoolExecutor(READERS if self._device.type == "cuda" else 1) as pool:
             waiting: list[Future[None]] = []
-            for name, tensor in weights.read():
+            for name, tensor in scaled.weights.read():
                 waiting.append(pool.submit(self._take, name, tensor, factors.get(name)))
                 del tensor  # the mapping goes when the reader is done with it
                 if len(waiting) > 2 * READERS:
@@ -197,27 +199,20 @@ class _Adoption:
         """A stored tensor as what the module holds for it: itself, or a quantised weight and its scales."""
         owner = _owner(self._module, name)
         quantised = isinstance(owner, QuantizedLinear) and name.endswith(".weight")
-        if quantised and scale is not None and _is_quantised_so(owner, tensor, scale):
-            yield name, tensor
-            yield f"{name}_scale", scale
-            return
         wanted = _wanted(self._module, name)
         if scale is None and not quantised and (tensor.dtype == wanted or not tensor.is_floating_point()):
             yield name, tensor
             return
+        rotation = self._rotations.get(name, 0)
         with self._conversions:
             value = tensor.to(self._device)  # before the cast: fewer bytes to move, and a GPU casts faster
-            if scale is not None:
-                value = apply_scale(value, scale.to(self._device))
-            if quantised:
-                assert isinstance(owner, QuantizedLinear)
-                # Rounded as if the layer had been loaded first and quantised then.
-                value = value.to(torch.bfloat16 if owner.bias is None else owner.bias.dtype)
-                weight, factors = quantize_weight(value, owner.kind)
+            scale = None if scale is None else scale.to(self._device)
+            if isinstance(owner, QuantizedLinear) and quantised:
+                weight, factors = stored_weight(owner, value, scale, rotation)
                 yield name, weight
                 yield f"{name}_scale", factors
             else:
-                yield name, value.to(wanted)
+                yield name, (value if scale is None else apply_scale(value, scale, rotation)).to(wanted)
 
     def _put(self, key: str, value: Tensor) -> None:
         stays = self._stays.get(key)
@@ -290,13 +285,6 @@ def _made_here(module: nn.Module) -> list[str]:
     """Names in the state dict that come from quantising."""
     layers = module.named_modules()
     return [f"{name}.weight_scale" for name, layer in layers if isinstance(layer, QuantizedLinear)]
-
-
-def _is_quantised_so(layer: nn.Module, weight: Tensor, scale: Tensor) -> bool:
-    """Whether a stored weight is what the layer would hold."""
-    assert isinstance(layer, QuantizedLinear)
-    same = weight.dtype == layer.weight.dtype and scale.shape == layer.weight_scale.shape
-    return same and layer.rotation == 0
 
 
 def _check_unchanged(module: nn.Module, placement: Placement, scaled: ScaledCheckpoint) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from .layers import QuantizedLinear, scheme_of
+from .layers import QuantizedLinear, scheme_of, unfit
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +64,6 @@ def is_quantized(module: nn.Module) -> bool:
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
     """Whether one of `skip` is a part of the dotted name."""
     return any(f".{part}." in f".{name}." for part in skip)
-
-
-def unfit(linear: nn.Linear, kind: str) -> str | None:
-    """Why this layer cannot be quantised; None if it can."""
-    multiple = scheme_of(kind).multiple
-    if linear.in_features % multiple or linear.out_features % multiple:
-        return f"{linear.in_features} x {linear.out_features} are not both multiples of {multiple}"
-    if not linear.weight.is_floating_point():
-        return f"its weight is {linear.weight.dtype}"
-    return None
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:

@@ -239,6 +239,16 @@ def scheme_of(kind: str) -> Scheme:
     return SCHEMES[kind]
 
 
+def unfit(linear: nn.Linear, kind: str) -> str | None:
+    """Why this layer cannot be quantised; None if it can."""
+    multiple = scheme_of(kind).multiple
+    if linear.in_features % multiple or linear.out_features % multiple:
+        return f"{linear.in_features} x {linear.out_features} are not both multiples of {multiple}"
+    if not linear.weight.is_floating_point():
+        return f"its weight is {linear.weight.dtype}"
+    return None
+
+
 def rotation_of(scheme: Scheme, in_features: int) -> int:
     """The largest power of four that divides the inputs, up to the scheme's; 0 for none."""
     block = scheme.rotation
