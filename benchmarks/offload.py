@@ -11,7 +11,10 @@ counted. Results of all budgets are compared with the fully resident run, bit fo
 
 import argparse
 import statistics
+import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,12 @@ import diffusers
 import psutil
 import torch
 from results import RESULTS, record
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
-from diffusers_qwenimage.offload import fetched_bytes, plan_stream, stream
+from diffusers_qwenimage.checkpoint import empty_module, read_component
+from diffusers_qwenimage.offload import adopt, fetched_bytes, plan_stream, stream, unstream
 from diffusers_qwenimage.offload.memory import HostMemory, HostSlab
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.transformer import Modulation
@@ -68,6 +73,7 @@ def main() -> None:
         "--slots", type=int, nargs="+", default=[], help="numbers of slots to try at the least"
     )
     parser.add_argument("--peer", action="store_true", help="diffusers' group offloading, with a stream")
+    parser.add_argument("--load", type=float, metavar="GIB", help="from files to the first step, in a budget")
     parser.add_argument("--link", action="store_true", help="rates of pinning and of the link")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--width", type=int, default=24, help="heads of 128 dimensions (24)")
@@ -98,8 +104,11 @@ def main() -> None:
         measure_link(device, note)
     model = host_model(setting)
     note("host memory of the process with the weights", resident_memory(), "GiB")
+    if args.load is not None:
+        measure_loading(model, setting, args.load, note)
     if args.peer:
         measure_peer(model, setting, note)
+    if args.load is not None or args.peer:
         return
     step = guided_step(model, setting)
     if args.weights != "bf16":
@@ -194,6 +203,86 @@ def measure(
     note(f"{label}, over the link per step", moved / 1e9, "GB")
     cap(device, None)
     return result.cpu(), peak - plan.device_bytes
+
+
+def measure_loading(model: QwenImageTransformer2DModel, setting: Setting, budget: float, note: Note) -> None:
+    """From files (in the page cache) to the first step, `budget` GiB for weights; and reading the files."""
+    device = setting.device
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(model, Path(folder))
+        expected = guided_step(model, setting)
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        start = time.perf_counter()
+        read_files(Path(folder))
+        reading = time.perf_counter() - start
+        note("files", size / 1e9, "GB")
+        note("reading the files once, one thread", size / reading / 1e9, "GB/s")
+        config, weights = read_component(folder, "transformer")
+        empty = empty_module(lambda: QwenImageTransformer2DModel.from_config(config)).to(torch.bfloat16)
+        step = guided_step(empty.eval(), setting)
+        before = anonymous_memory()
+        with PeakMemory() as peak:
+            start = time.perf_counter()
+            plan = adopt(empty, weights, device=device, vram_limit=int(budget * GIB))
+            note("placing the weights from files", time.perf_counter() - start, "s")
+            got = step()
+            synchronize(device)
+            total = time.perf_counter() - start
+        note(f"from files to the first step, {budget:g} GiB for weights", total, "s")
+        note("the same, beside reading the files once", total / reading, "")
+        note("the same, pinned", plan.pinned_bytes / GIB, "GiB")
+        note("the same, most host memory of its own", peak.most - before, "GiB")
+        unstream(empty, device="meta")
+        stream(model, device=device, vram_limit=int(budget * GIB))
+        note("the same, result equal (1 = yes)", float(torch.equal(got, expected())), "")
+        unstream(model)
+
+
+def write_shards(model: nn.Module, folder: Path) -> None:
+    """The model in diffusers' layout, five blocks to a file."""
+    model.save_config(folder)  # type: ignore[operator]
+    shards: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in model.state_dict().items():
+        block = name.split(".")[1] if name.startswith("transformer_blocks.") else "0"
+        shards[f"{int(block) // 5:05}"][name] = tensor
+    for number, tensors in shards.items():
+        save_file(tensors, folder / f"{number}.safetensors")
+
+
+def read_files(folder: Path) -> None:
+    """Read all weights into one buffer, over and over."""
+    buffer = bytearray(2**26)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+class PeakMemory:
+    """The most memory of its own that the process had while this was entered, GiB."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.most, self._done = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.most = max(self.most, anonymous_memory())
+
+
+def anonymous_memory() -> float:
+    """GiB of the process that are no pages of files."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kilobytes = [
+        int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))
+    ]
+    return sum(kilobytes) / 2**20
 
 
 def measure_peer(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
