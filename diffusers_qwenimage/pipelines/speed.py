@@ -69,6 +69,7 @@ class SpeedMixin:
         self,
         *,
         weights: str | None = None,
+        text_encoder: str | None = None,
         graphs: str = "auto",
         attention: str | None = None,
         modulation: str = "auto",
@@ -81,6 +82,7 @@ class SpeedMixin:
 
         Args:
             weights: "fp8", "int8" or "fp8-storage" quantises the transformer; None keeps its type.
+            text_encoder: likewise for the language model of the text encoder.
             graphs: CUDA graphs: "auto" where launching takes the time, "on", or "off".
             attention: an attention backend of diffusers; the fastest exact one is looked for if None.
             modulation: "resident" keeps the modulation weights on the device; "tabulated" moves them to host
@@ -97,6 +99,8 @@ class SpeedMixin:
             raise ValueError(f"modulation can be auto, resident or tabulated, not {modulation!r}.")
         pipe = cast(Any, self)
         transformer, chosen = pipe.transformer, Choices()
+        if text_encoder is not None:
+            _quantize_text_encoder(pipe, text_encoder, chosen)
         if isinstance(transformer, QwenImageTransformer2DModel):
             _choose_weights(transformer, weights, chosen)
             _choose_kernels(transformer, chosen)
@@ -141,13 +145,29 @@ def _choose_weights(transformer: QwenImageTransformer2DModel, kind: str | None, 
         name = "8 bits" if is_quantized(transformer) else str(transformer.dtype).removeprefix("torch.")
         chosen.add("weights", name, "as loaded; weights='fp8' halves them, not exactly")
         return
-    before = transformer.get_memory_footprint()
-    names = quantize_(transformer, kind)
-    after = transformer.get_memory_footprint()
+    chosen.add("weights", kind, _quantize(transformer, lambda: quantize_(transformer, kind)))
+
+
+def _quantize_text_encoder(pipe: Any, kind: str, chosen: Choices) -> None:
+    from diffusers_qwenimage.quantize import quantize_
+
+    encoder = pipe.text_encoder
+    if encoder is None:
+        raise ValueError("This pipeline has no text encoder to quantise; leave text_encoder out.")
+    # Text prompts use neither the output layer nor the vision tower.
+    reason = _quantize(encoder, lambda: quantize_(encoder, kind, skip=("lm_head", "visual")))
+    pipe.clear_prompt_cache()
+    chosen.add("text encoder", kind, reason)
+
+
+def _quantize(module: Any, run: Callable[[], list[str]]) -> str:
+    """What quantising a model did."""
+    before = module.get_memory_footprint()
+    names = run()
+    after = module.get_memory_footprint()
     reason = f"{len(names)} layers quantised, {before / GIB:.2f} to {after / GIB:.2f} GiB; not exact"
-    if transformer.img_in.weight.device.type != "cuda":
-        reason += ", and slower without a GPU"
-    chosen.add("weights", kind, reason)
+    slower = next(module.parameters()).device.type != "cuda"
+    return f"{reason}, and slower without a GPU" if slower else reason
 
 
 def _choose_kernels(transformer: QwenImageTransformer2DModel, chosen: Choices) -> None:

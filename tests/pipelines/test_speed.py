@@ -10,7 +10,7 @@ from lora_made import write_lora
 
 from diffusers_qwenimage.graphs import graphs_of
 from diffusers_qwenimage.kernels import use_backend
-from diffusers_qwenimage.pipelines import QwenImageImg2ImgPipeline
+from diffusers_qwenimage.pipelines import QwenImageImg2ImgPipeline, QwenImagePipeline
 from diffusers_qwenimage.pipelines.presets import PRESETS
 from diffusers_qwenimage.pipelines.speed import GIB, _by_memory
 from diffusers_qwenimage.step_cache import ForecastCache
@@ -190,6 +190,20 @@ def test_optimize_quantises(pipe, kind):
     assert not torch.equal(got, expected)
     assert (got - expected).abs().mean() < 0.1
     assert pipe.optimize()["weights"].chosen == "8 bits"
+
+
+def test_optimize_quantises_the_text_encoder(model_folder):
+    pipe = QwenImagePipeline.from_pretrained(model_folder)
+    before, _ = pipe.encode_prompt("a red circle")
+    chosen = pipe.optimize(text_encoder="fp8-storage")
+    assert chosen["text encoder"].chosen == "fp8-storage"
+    after, _ = pipe.encode_prompt("a red circle")
+    assert after.dtype == before.dtype and not torch.equal(after, before)
+    # e4m3 keeps 4 bits of a weight
+    assert (after - before).norm() < 0.1 * before.norm()
+    pipe.register_modules(text_encoder=None)
+    with pytest.raises(ValueError, match="no text encoder"):
+        pipe.optimize(text_encoder="fp8")
 
 
 def test_optimize_takes_what_it_is_told(pipe):
