@@ -21,7 +21,6 @@ from .vram_plan import (
     PipelinePlan,
     StreamSettings,
     plan_pipeline,
-    smallest_budget,
     text_encoder_settings,
     too_small,
 )
@@ -134,21 +133,10 @@ class VramManager:
         _give_cache_back(self.device)
 
     def _plan_for(self, parts: Parts, demand: Demand) -> PipelinePlan:
-        budget = self._workable_budget(parts, demand)
-
-        def planned(source: Source) -> PipelinePlan:
-            return plan_pipeline(
-                parts,
-                budget,
-                demand,
-                device=str(self.device),
-                source=source,
-                persistent_parameters=self._persistent,
-            )
-
+        plan = self._plan_from(parts, demand, self._source or "pinned")
+        self._check_budget(parts, plan)
         if self._source is not None:
-            return planned(self._source)
-        plan = planned("pinned")
+            return plan
         spare = psutil.virtual_memory().available - HOST_RESERVE + _pinned_now(parts)
         if plan.host_bytes <= spare:
             return plan
@@ -157,20 +145,28 @@ class VramManager:
             "are, which is slower.",
             *(spare / GIB, plan.host_bytes / GIB),
         )
-        return planned("mapped")
+        return self._plan_from(parts, demand, "mapped")
 
-    def _workable_budget(self, parts: Parts, demand: Demand) -> int | None:
-        """The budget, or if that is too small and need not be kept, the smallest."""
-        if self.budget is None:
-            return None
-        smallest = smallest_budget(parts, demand, device=str(self.device))
-        if smallest <= self.budget:
-            return self.budget
-        if self._strict or smallest > available_bytes(parts, self.device):
-            raise ValueError(too_small(self.budget, smallest, demand))
+    def _plan_from(self, parts: Parts, demand: Demand, source: Source) -> PipelinePlan:
+        return plan_pipeline(
+            parts,
+            self.budget,
+            demand,
+            device=str(self.device),
+            source=source,
+            persistent_parameters=self._persistent,
+            strict=self._strict,
+        )
+
+    def _check_budget(self, parts: Parts, plan: PipelinePlan) -> None:
+        """A budget that is too small may be exceeded, if the memory is there."""
+        if self.budget is None or plan.budget is None or plan.budget <= self.budget:
+            return
+        problem = too_small(self.budget, plan.budget, plan.demand)
+        if plan.budget > available_bytes(parts, self.device):
+            raise ValueError(problem)
         if self.budget > 0:
-            logger.warning("%s It is exceeded.", too_small(self.budget, smallest, demand))
-        return smallest
+            logger.warning("%s It is exceeded.", problem)
 
     def _place(self, parts: Parts, plan: PipelinePlan) -> None:
         self._release_vae()

@@ -34,7 +34,7 @@ from .needs import (
 
 GIB = 2**30
 PREFERRED_TILE = 80  # latent pixels: tiles are not made smaller to keep more of the transformer resident
-ATTEMPTS = 32
+HALVINGS = 8
 LANGUAGE_LAYERS = ("model.language_model.layers", "language_model.layers", "model.layers", "layers")
 NOT_RUN = ("lm_head", "model.visual", "visual")  # by text prompts
 
@@ -120,11 +120,13 @@ def plan_pipeline(
     device: str,
     source: Source = "pinned",
     persistent_parameters: int | None = None,
+    strict: bool = True,
 ) -> PipelinePlan:
     """Plan a pipeline; nothing is touched.
 
     Args:
         budget: bytes for weights and activations; None: no limit.
+        strict: refuse a budget that is too small; else the plan is for the smallest that works.
         persistent_parameters: the most parameters of the transformer that may stay on the device.
 
     Raises:
@@ -133,14 +135,10 @@ def plan_pipeline(
     planner = _Planner(parts, demand, device=device, source=source, persistent=persistent_parameters)
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
-        raise ValueError(too_small(budget, smallest, demand))
+        if strict:
+            raise ValueError(too_small(budget, smallest, demand))
+        budget = smallest
     return planner.best(budget, smallest)
-
-
-def smallest_budget(parts: Parts, demand: Demand, *, device: str) -> int:
-    """The least bytes that pictures like this can be made with."""
-    planner = _Planner(parts, demand, device=device, source="pinned", persistent=None)
-    return planner.smallest().peak_bytes
 
 
 def too_small(budget: int, smallest: int, demand: Demand) -> str:
@@ -225,12 +223,18 @@ class _Planner:
         most = budget - aside - others
         if self._persistent is not None:
             most = min(most, self._persistent * compute_dtype(self._parts).itemsize)
-        for _ in range(ATTEMPTS):
-            plan = self._transformer(max(limit, 0))
-            excess = _resident(plan) - most
-            if excess <= 0 or plan is None or limit <= 0:
-                break
-            limit = min(limit, plan.device_bytes) - max(excess, 1)
+        plan = self._transformer(max(limit, 0))
+        if _resident(plan) <= most:
+            return plan
+        # Not all of the limit may stay: halve the way to the least, since a smaller limit has other slots.
+        plan, low, high = self._transformer(0), 0, limit
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            tried = self._transformer(middle)
+            if _resident(tried) <= most:
+                plan, low = tried, middle
+            else:
+                high = middle
         return plan
 
     def _tile(self, room: int) -> int | None:
