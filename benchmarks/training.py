@@ -7,11 +7,12 @@ latents to updated weights: forward, loss, backward, clipping, AdamW. "diffusers
 with gradient checkpointing, ours fp32 factors. Times are medians after warm-up; memory is the peak of the
 steps. Cases of 60 blocks need an 80 GB GPU.
 
-    error     LoRA gradients of 4 blocks in bf16 against fp32: diffusers + PEFT, and ours
-    stock     diffusers + PEFT
-    resident  ours, base in bf16 on the device: full, selective and no checkpointing; table against weights
-    fp8, int8 ours, base in 8 bits
-    stream    ours within --vram_limit GB, base in bf16 from host memory; stream-fp8: in fp8
+    error       LoRA gradients of 4 blocks in bf16 against fp32: diffusers + PEFT, and ours
+    stock       diffusers + PEFT, its kernels launched one by one
+    resident    ours, base in bf16 on the device, steps recorded as CUDA graphs
+    stream      ours within --vram_limit GB, base in bf16 from host memory; the model then stays streamed
+    fp8, int8   ours, base in 8 bits: one of the two in a run
+    stream-fp8  the same within --vram_limit GB
 """
 
 import argparse
@@ -19,7 +20,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,21 @@ from torch import Tensor
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
 from diffusers_qwenimage.kernels import backend, set_backend
+from diffusers_qwenimage.offload import stream, streamed
+from diffusers_qwenimage.quantize import quantize_
+from diffusers_qwenimage.training.batch import Batch
 from diffusers_qwenimage.training.config import LORA_TARGETS, TrainConfig
+from diffusers_qwenimage.training.graphs import StepGraphs
+from diffusers_qwenimage.training.memory import unit_bytes, weights_budget
 from diffusers_qwenimage.training.modulation import ModulationRows
 from diffusers_qwenimage.training.objective import flow_matching_loss
 from diffusers_qwenimage.training.optimizers import make_optimizer
-from diffusers_qwenimage.training.trained import add_adapter_, enable_checkpointing_, place_base_
+from diffusers_qwenimage.training.trained import add_adapter_, enable_checkpointing_
 
 GIB = 2**30
-CASES = ("error", "stock", "resident", "fp8", "int8", "stream", "stream-fp8")
-SIGMAS = (0.9, 0.7, 0.5, 0.3)
+CASES = ("error", "stock", "resident", "stream", "fp8", "stream-fp8", "int8")
+MODES = ("full", "none", "selective")
+SIGMAS = (0.890625, 0.703125, 0.5, 0.296875)  # exact in bf16
 TEXT_TOKENS = 128
 TINY = {
     "attention_head_dim": 16,
@@ -58,6 +66,7 @@ class Setting:
     blocks: int
     tiny: bool
     steps: int
+    modes: tuple[str, ...]
     vram_limit: float
     results: Path
 
@@ -79,6 +88,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--side", type=int, default=1024, help="side of the picture in pixels (1024)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps (6)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of checkpointing (all)")
     parser.add_argument("--vram_limit", type=float, default=12.0, help="GB of the case stream (12)")
     parser.add_argument("--device", default="cuda", help="device (cuda)")
     parser.add_argument("--tiny", action="store_true", help="a tiny width, to try the script out")
@@ -92,28 +102,35 @@ def main() -> None:
         blocks=args.blocks,
         tiny=args.tiny,
         steps=args.steps,
+        modes=tuple(args.modes),
         vram_limit=args.vram_limit,
         results=args.results,
     )
     print(f"fused path: {backend(setting.device).name}", flush=True)
     if "error" in args.cases:
         measure_error(setting)
-    gradient = None
-    if "stock" in args.cases or "resident" in args.cases:
-        ours = build(setting, torch.bfloat16)
-        gradient = measure_stock(setting, ours) if "stock" in args.cases else None
-        if "resident" in args.cases:
-            measure_resident(setting, ours, gradient)
-        del ours
-    for case in ("fp8", "int8", "stream", "stream-fp8"):
-        if case in args.cases:
-            release()
-            measure_small(setting, case, gradient)
+    rest = [case for case in args.cases if case != "error"]
+    if not rest:
+        return
+    release()
+    model = build(setting, torch.bfloat16)
+    gradient = measure_stock(setting, model) if "stock" in rest else {}
+    release()
+    ours = Ours(setting, model)
+    if "resident" in rest:
+        measure_resident(setting, ours, gradient)
+    if "stream" in rest:
+        measure_streamed(setting, ours, "bf16")
+    for kind in ("fp8", "int8"):
+        if kind in rest:
+            measure_eight_bits(setting, ours, kind)
+        if f"stream-{kind}" in rest:
+            measure_streamed(setting, ours, kind)
 
 
 def measure_error(setting: Setting) -> None:
     """Gradients of a small stack of blocks in bf16 against the same in fp32."""
-    small = Setting(**{**vars(setting), "blocks": min(4, setting.blocks), "side": min(512, setting.side)})
+    small = replace(setting, blocks=min(4, setting.blocks), side=min(512, setting.side))
     ours = build(small, torch.bfloat16)
     stock = stock_of(ours)
     wide = stock_of(ours).float()
@@ -123,10 +140,8 @@ def measure_error(setting: Setting) -> None:
     del wide
     report_error(small, "diffusers + PEFT", gradients_of(stock, small, torch.bfloat16), exact)
     del stock
-    config = config_of(gradient_checkpointing="none")
-    add_adapter_(ours, config, torch.float32)
+    add_adapter_(ours, config_of(), torch.float32)
     fill_factors(ours)
-    place_base_(ours, config, small.device, [(small.side, small.side)])
     for keep in ("all", "attention", "nothing"):
         for block in ours.transformer_blocks:
             block.keep = keep
@@ -140,71 +155,108 @@ def measure_stock(setting: Setting, ours: Any) -> dict[str, Tensor]:
     stock.enable_gradient_checkpointing()
     gradient = {name: value.cpu() for name, value in gradients_of(stock, setting, torch.bfloat16).items()}
     optimizer = torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad], lr=1e-4)
-    measure_steps(setting, "diffusers + PEFT, checkpointing", stock, optimizer)
+    measure_launched(setting, "diffusers + PEFT, checkpointing", stock, optimizer)
     return gradient
 
 
-def measure_resident(setting: Setting, ours: Any, gradient: dict[str, Tensor] | None) -> None:
-    """Ours in bf16: the table, and three ways of checkpointing."""
-    config = config_of(gradient_checkpointing="full", modulation_table=False)
-    add_adapter_(ours, config, torch.float32)
-    fill_factors(ours)
-    sizes = [(setting.side, setting.side)]
-    enable_checkpointing_(ours, config, sizes, setting.device)
-    with torch.no_grad():
-        before = velocity_of(ours, setting, torch.bfloat16)
-    started = time.perf_counter()
-    table = ModulationRows(ours, dtype=torch.bfloat16, device=setting.device)
-    table.prepare(torch.tensor(SIGMAS))
-    seconds = time.perf_counter() - started
-    release()
-    setting.note(setting.label(f"modulation of {len(SIGMAS)} timesteps tabulated"), seconds, "s")
-    with torch.no_grad():
-        equal = torch.equal(before, velocity_of(ours, setting, torch.bfloat16))
-    setting.note(setting.label("table equal to weights, bit for bit (1 = yes)"), float(equal), "")
-    optimizer = make_optimizer(config, [p for p in ours.parameters() if p.requires_grad])
-    for mode in ("full", "selective", "none"):
-        enable_checkpointing_(ours, config_of(gradient_checkpointing=mode), sizes, setting.device)
-        if gradient is not None and mode == "full":
-            found = gradients_of(ours, setting, torch.bfloat16)
-            setting.note(
-                setting.label("LoRA gradient, ours against diffusers + PEFT, relative difference"),
-                relative(found, gradient),
-                "",
-            )
-        measure_steps(setting, f"ours, bf16, checkpointing {mode}", ours, optimizer, table)
+class Ours:
+    """Our model with its adapter, at first in bf16 on the device."""
 
+    def __init__(self, setting: Setting, model: Any) -> None:
+        self.setting = setting
+        self.model = model
+        self.table: ModulationRows | None = None
+        self.gradient: dict[str, Tensor] = {}
+        add_adapter_(model, config_of(), torch.float32)
+        fill_factors(model)
 
-def measure_small(setting: Setting, case: str, gradient: dict[str, Tensor] | None) -> None:
-    """Ours with the base in 8 bits, or streamed within a limit."""
-    kind = "plain" if case == "stream" else case.removeprefix("stream-")
-    limit = setting.vram_limit if case.startswith("stream") else None
-    config = config_of(gradient_checkpointing="full", base_weights=kind, vram_limit=limit)
-    ours = build(setting, torch.bfloat16)
-    add_adapter_(ours, config, torch.float32)
-    fill_factors(ours)
-    if limit is not None:
-        ours.to("cpu")
+    def tabulate(self) -> None:
+        """Replace the modulation by its table, and compare."""
+        setting = self.setting
+        with torch.no_grad():
+            before = velocity_of(self.model, setting, torch.bfloat16)
+        wait(setting)
+        started = time.perf_counter()
+        self.table = ModulationRows(self.model, dtype=torch.bfloat16, device=setting.device)
+        self.table.prepare(torch.tensor(SIGMAS))
+        self.table.drop_weights()
         release()
-    sizes = [(setting.side, setting.side)]
-    started = time.perf_counter()
-    table = place_base_(ours, config, setting.device, sizes)
+        seconds = time.perf_counter() - started
+        setting.note(setting.label(f"modulation of {len(SIGMAS)} timesteps tabulated"), seconds, "s")
+        with torch.no_grad():
+            equal = torch.equal(before, velocity_of(self.model, setting, torch.bfloat16))
+        setting.note(setting.label("table equal to weights, bit for bit (1 = yes)"), float(equal), "")
+
+    def compare(self, name: str, expected: dict[str, Tensor]) -> None:
+        """Distance of the gradient from another one."""
+        found = gradients_of(self.model, self.setting, torch.bfloat16, self.table)
+        if not self.gradient:
+            self.gradient = {key: value.cpu() for key, value in found.items()}
+        if expected:
+            self.setting.note(self.setting.label(name), relative(found, expected), "")
+
+    def checkpoint(self, mode: str) -> TrainConfig:
+        """Choose what blocks keep."""
+        config = config_of(gradient_checkpointing=mode)
+        sizes = [(self.setting.side, self.setting.side)]
+        enable_checkpointing_(self.model, config, sizes, self.setting.device)
+        return config
+
+    def measure(self, mode: str, name: str) -> None:
+        """Time and memory of steps with one way of checkpointing."""
+        config = self.checkpoint(mode)
+        optimizer = make_optimizer(config, [p for p in self.model.parameters() if p.requires_grad])
+        case = f"ours, {name}, checkpointing {mode}"
+        if self.setting.device.type == "cuda" and streamed(self.model) is None:
+            measure_recorded(self.setting, case, self, optimizer)
+        else:
+            measure_launched(self.setting, case, self.model, optimizer, self.table)
+
+
+def measure_resident(setting: Setting, ours: Ours, gradient: dict[str, Tensor]) -> None:
+    """Ours in bf16: the table, and three ways of checkpointing."""
+    ours.checkpoint("full")
+    ours.tabulate()
+    ours.compare("LoRA gradient, ours against diffusers + PEFT, relative difference", gradient)
+    for mode in setting.modes:
+        ours.measure(mode, "bf16")
+
+
+def measure_eight_bits(setting: Setting, ours: Ours, kind: str) -> None:
+    """Ours with the base in 8 bits."""
+    ours.checkpoint("full")
+    if ours.table is None:
+        ours.tabulate()
+    if not ours.gradient:
+        ours.compare("", {})
+    quantize_(ours.model, kind)
     release()
-    setting.note(setting.label(f"{case}: placed in"), time.perf_counter() - started, "s")
-    enable_checkpointing_(ours, config, sizes, setting.device)
-    if limit is not None and setting.device.type == "cuda":
-        total = torch.cuda.get_device_properties(setting.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit * GIB / total)
-    if gradient is not None:
-        difference = relative(gradients_of(ours, setting, torch.bfloat16), gradient)
-        setting.note(
-            setting.label(f"LoRA gradient, ours {case} against diffusers + PEFT in bf16"), difference, ""
-        )
-    optimizer = make_optimizer(config, [p for p in ours.parameters() if p.requires_grad])
-    name = f"ours, {kind.replace('plain', 'bf16')}, checkpointing full"
-    measure_steps(setting, name if limit is None else f"{name}, within {limit:g} GB", ours, optimizer, table)
+    ours.compare(f"LoRA gradient, ours {kind} against ours bf16, relative difference", ours.gradient)
+    ours.measure("full", kind)
+
+
+def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
+    """Ours within a limit: the base streamed from host memory."""
+    config = ours.checkpoint("full")
+    if ours.table is None:
+        ours.tabulate()
+    parameters = [p for p in ours.model.parameters() if p.requires_grad]
+    budget = weights_budget(
+        int(setting.vram_limit * GIB),
+        mode=config.checkpointing,
+        num_blocks=setting.blocks,
+        unit=unit_bytes(ours.model, [(setting.side, setting.side)], 1, torch.bfloat16),
+        trained_bytes=sum(p.numel() * p.element_size() for p in parameters),
+    )
+    started = time.perf_counter()
+    plan = stream(ours.model, device=setting.device, vram_limit=budget, on_call=())
+    release()
+    setting.note(setting.label(f"{name}: placed in"), time.perf_counter() - started, "s")
+    setting.note(setting.label(f"{name}: streamed twice a step"), plan.streamed_bytes / GIB, "GiB")
     if setting.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        total = torch.cuda.get_device_properties(setting.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(setting.vram_limit * GIB / total)
+    ours.measure("full", f"{name} within {setting.vram_limit:g} GB")
 
 
 # --- models ---
@@ -267,44 +319,47 @@ def config_of(**changes: Any) -> TrainConfig:
 # --- measuring ---
 
 
-def inputs_of(model: Any, setting: Setting, dtype: torch.dtype, step: int = 0) -> dict[str, Any]:
-    """Clean latents, noise, sigma and text of a step."""
+def batch_of(model: Any, setting: Setting, dtype: torch.dtype, step: int = 0) -> Batch:
+    """The batch of a step, in host memory."""
     grid, generator = setting.side // 16, torch.Generator().manual_seed(step)
+    channels, width = model.config.in_channels, model.config.joint_attention_dim
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     sigma = torch.tensor([SIGMAS[step % len(SIGMAS)]])
-    channels, width = model.config.in_channels, model.config.joint_attention_dim
-    return {
-        "clean": random(1, grid * grid, channels).to(setting.device),
-        "noise": random(1, grid * grid, channels).to(setting.device),
-        "sigma": sigma,
-        "prompt": random(TEXT_TOKENS, width).to(setting.device, dtype),
-        "grid": (grid, grid),
-        "dtype": dtype,
-    }
+    batch = Batch(
+        clean=random(1, grid * grid, channels),
+        noise=random(1, grid * grid, channels),
+        sigma=sigma,
+        prompt=[random(TEXT_TOKENS, width).to(dtype)],
+        sigma_on_host=sigma,
+        grid=(grid, grid),
+        names=("",),
+        counter=step,
+    )
+    return batch.map(lambda tensor: tensor.pin_memory()) if setting.device.type == "cuda" else batch
 
 
-def loss_of(model: Any, setting: Setting, dtype: torch.dtype, step: int, table: Any = None) -> Tensor:
-    """The loss of a step."""
-    inputs = inputs_of(model, setting, dtype, step)
-    sigma = inputs["sigma"]
-    if table is not None:
-        table.select(sigma)
-    sigma = sigma.to(setting.device)
+def loss_of(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The loss of a batch on the device."""
     stock = not isinstance(model, QwenImageTransformer2DModel)
     loss: Tensor = flow_matching_loss(
         _with_tensor_text(model) if stock else model,
-        inputs["clean"],
-        inputs["noise"],
-        sigma,
-        torch.ones_like(sigma),
-        [inputs["prompt"]],
-        inputs["grid"],
+        batch.clean,
+        batch.noise,
+        batch.sigma,
+        torch.ones_like(batch.sigma),
+        batch.prompt,
+        batch.grid,
         dtype=dtype,
     ).mean()
     return loss
+
+
+def modulated(table: ModulationRows | None, batch: Batch) -> AbstractContextManager[None]:
+    """Within, the modulation is that of the batch."""
+    return nullcontext() if table is None else table.of(batch.sigma_on_host)
 
 
 def _with_tensor_text(model: Any) -> Callable[..., Any]:
@@ -318,20 +373,24 @@ def _with_tensor_text(model: Any) -> Callable[..., Any]:
 
 def velocity_of(model: Any, setting: Setting, dtype: torch.dtype) -> Tensor:
     """The model's prediction."""
-    inputs = inputs_of(model, setting, dtype)
+    batch = batch_of(model, setting, dtype).to(setting.device)
     velocity: Tensor = model(
-        hidden_states=inputs["noise"].to(dtype),
-        encoder_hidden_states=[inputs["prompt"]],
-        timestep=inputs["sigma"].to(setting.device),
-        img_shapes=[[(1, *inputs["grid"])]],
+        hidden_states=batch.noise.to(dtype),
+        encoder_hidden_states=batch.prompt,
+        timestep=batch.sigma,
+        img_shapes=[[(1, *batch.grid)]],
         return_dict=False,
     )[0]
     return velocity
 
 
-def gradients_of(model: Any, setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
+def gradients_of(
+    model: Any, setting: Setting, dtype: torch.dtype, table: ModulationRows | None = None
+) -> dict[str, Tensor]:
     """The LoRA's gradients of one step."""
-    loss_of(model, setting, dtype, 0).backward()
+    batch = batch_of(model, setting, dtype)
+    with modulated(table, batch):
+        loss_of(model, batch.to(setting.device), dtype).backward()
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     found = {name: parameter.grad for name, parameter in named}
     for _, parameter in named:
@@ -339,18 +398,22 @@ def gradients_of(model: Any, setting: Setting, dtype: torch.dtype) -> dict[str, 
     return found  # type: ignore[return-value]
 
 
-def measure_steps(
-    setting: Setting, case: str, model: Any, optimizer: torch.optim.Optimizer, table: Any = None
+def measure_launched(
+    setting: Setting,
+    case: str,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    table: ModulationRows | None = None,
 ) -> None:
-    """Median time of a step, and the peak of memory."""
+    """Median time of a step whose kernels are launched one by one, and the peak of memory."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     times, launched = [], []
-    release()
-    for step in range(setting.steps + 2):
-        if step == 2 and setting.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    start(setting)
+    for step in range(setting.steps + 1):
         started = time.perf_counter()
-        loss_of(model, setting, torch.bfloat16, step, table).backward()
+        batch = batch_of(model, setting, torch.bfloat16, step)
+        with modulated(table, batch):
+            loss_of(model, batch.to(setting.device), torch.bfloat16).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         launched.append(time.perf_counter() - started)
         assert torch.isfinite(norm), "the gradient is not finite"
@@ -358,10 +421,52 @@ def measure_steps(
         optimizer.zero_grad()
         wait(setting)
         times.append(time.perf_counter() - started)
-    optimizer.state.clear()
+    report(setting, case, times[1:])
+    setting.note(setting.label(f"{case}, launching"), statistics.median(launched[1:]) * 1000, "ms/step")
+
+
+def measure_recorded(setting: Setting, case: str, ours: Ours, optimizer: torch.optim.Optimizer) -> None:
+    """The same with steps recorded as CUDA graphs; the peak includes the recording."""
+    parameters = [parameter for parameter in ours.model.parameters() if parameter.requires_grad]
+    graphs = StepGraphs(
+        loss=lambda batch: loss_of(ours.model, batch, torch.bfloat16),
+        kept=lambda batch: ours.model.pos_embed([(1, *batch.grid)], TEXT_TOKENS, setting.device),
+        parameters=parameters,
+        optimizer=optimizer,
+        max_norm=1.0,
+    )
+    times: list[float] = []
+    start(setting)
+    for step in range(setting.steps + 3):
+        started = time.perf_counter()
+        batch = batch_of(ours.model, setting, torch.bfloat16, step)
+        with modulated(ours.table, batch):
+            recorded = graphs.gradients(batch)
+            if recorded is None:
+                loss_of(ours.model, batch.to(setting.device), torch.bfloat16).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        if recorded is not None:
+            assert torch.isfinite(recorded[1]), "the gradient is not finite"  # waits, as the trainer does
+            graphs.update()
+        wait(setting)
+        times.append(time.perf_counter() - started)
+    report(setting, case, times[3:])
+    setting.note(setting.label(f"{case}, recording a step"), times[1], "s")
+    setting.note(setting.label(f"{case}, memory reserved"), torch.cuda.max_memory_reserved() / GIB, "GiB")
+
+
+def start(setting: Setting) -> None:
+    """Before steps are measured."""
+    release()
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def report(setting: Setting, case: str, times: Sequence[float]) -> None:
+    """A row with the median of `times` and the peak of memory."""
     peak = torch.cuda.max_memory_allocated() / GIB if setting.device.type == "cuda" else None
-    setting.note(setting.label(case), statistics.median(times[2:]) * 1000, "ms/step", peak)
-    setting.note(setting.label(f"{case}, launching"), statistics.median(launched[2:]) * 1000, "ms/step")
+    setting.note(setting.label(case), statistics.median(times) * 1000, "ms/step", peak)
 
 
 def report_error(setting: Setting, name: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:

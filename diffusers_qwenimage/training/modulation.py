@@ -27,25 +27,21 @@ LAYERS = ("img_mod", "txt_mod")
 class TabulatedLinear(nn.Module):
     """Stands in for a frozen linear layer: returns the rows of the current step.
 
-    The weights are no parameters of this module any more: they stay in host memory.
+    The weights are no parameters of this module any more: they stay where they are, usually in host memory.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._host = [None if part is None else part.detach().cpu() for part in (layer.weight, layer.bias)]
+        self.weight_there: Tensor | None = layer.weight.detach()
+        self.bias_there = None if layer.bias is None else layer.bias.detach()
         self.current: Tensor | None = None
-
-    def weights(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias on a device."""
-        weight, bias = (None if part is None else part.to(device, non_blocking=True) for part in self._host)
-        assert weight is not None
-        return weight, bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in a type, [O, I]; for whoever needs it after all."""
-        weight, _ = self.weights(torch.device("cpu") if self.current is None else self.current.device)
-        return weight.to(dtype)
+        assert self.weight_there is not None, "the weights were dropped"
+        device = self.weight_there.device if self.current is None else self.current.device
+        return self.weight_there.to(device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The rows of this step [B or 1, O], in the shape that the layer would return for `x` [..., I]."""
@@ -132,6 +128,33 @@ class ModulationRows:
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[3]
             self._select(timestep.cpu())
 
+    def drop_weights(self) -> None:
+        """Forget the weights; rows of other sigmas than those there are cannot be computed any more."""
+        for layer in self._layers:
+            layer.weight_there = layer.bias_there = None
+
+    def _visiting_weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each layer on the device, the next ones on their way through pinned memory."""
+        pinned: list[Tensor] = []
+        done = [torch.cuda.Event(), torch.cuda.Event()] if self._device.type == "cuda" else []
+        for index, layer in enumerate(self._layers):
+            weight, bias = layer.weight_there, layer.bias_there
+            if weight is None:
+                raise ValueError(
+                    "The modulation's weights were dropped; it cannot be computed for new sigmas."
+                )
+            bias = None if bias is None else bias.to(self._device)
+            if weight.device == self._device or not done:
+                yield weight.to(self._device), bias
+                continue
+            if len(pinned) < 2:
+                pinned.append(torch.empty_like(weight, device="cpu", pin_memory=True))
+            done[index % 2].synchronize()
+            staged = pinned[index % 2].copy_(weight)
+            there = staged.to(self._device, non_blocking=True)
+            done[index % 2].record()
+            yield there, bias
+
     def _keys(self, sigmas: Tensor) -> list[float]:
         rounded: list[float] = sigmas.to(self._dtype).tolist()
         return rounded
@@ -146,8 +169,7 @@ class ModulationRows:
             inputs.append(silu(self._embed(timestep, like, None)))
         shape = len(sigmas), len(self._layers), self._layers[0].out_features
         found = torch.empty(shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
-        for index, layer in enumerate(self._layers):
-            weight, bias = layer.weights(self._device)
+        for index, (weight, bias) in enumerate(self._visiting_weights()):
             found[:, index].copy_(torch.cat([linear(x, weight, bias) for x in inputs]))
         return found
 

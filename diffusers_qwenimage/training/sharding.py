@@ -13,7 +13,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -31,6 +31,13 @@ def shard_(transformer: Any, device: torch.device, *, reshard_after_forward: boo
         # Gathered weights have memory of their own, which must stay theirs: no common storage for q, k, v.
         block.attn.is_laid_out = True
     fully_shard(transformer, mesh=mesh, reshard_after_forward=False)
+
+
+def give_back_(module: nn.Module) -> None:
+    """Give gathered weights back now: before they are changed, where no backward pass came that does it."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(value: Any) -> Any:

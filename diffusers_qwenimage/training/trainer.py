@@ -38,7 +38,7 @@ from .objective import Objective, flow_matching_loss
 from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer, set_learning_rate
 from .plan import Plan, Slot
 from .randomness import Stream, seed_for
-from .sharding import spread, spread_states, whole, whole_states
+from .sharding import give_back_, spread, spread_states, whole, whole_states
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
     TrainedModels,
@@ -480,6 +480,8 @@ class Trainer:
                 self.validation.render(
                     step, self.trained.modules["dit"], self.encoders, save=self.accelerator.is_main_process
                 )
+                if self.is_sharded:
+                    give_back_(self.trained.modules["dit"])
             if self.config.cache and "vae" not in self.trained.modules:
                 self.encoders.release()
         self.accelerator.wait_for_everyone()
