@@ -34,7 +34,7 @@ class TabulatedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_there: Tensor | None = layer.weight.detach()
-        self.bias_there = None if layer.bias is None else layer.bias.detach()
+        self.bias_there: Tensor | None = None if layer.bias is None else layer.bias.detach()
         self.current: Tensor | None = None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
