@@ -1,6 +1,6 @@
 """Streaming at the true size (60 blocks, random weights): time and memory of a guided step for budgets.
 
-    python benchmarks/offload.py [--weights bf16] [--budgets 2 8 12 24 32] [--peer] [--results FILE]
+    python benchmarks/offload.py [--budgets 2 8 12 24 32] [--kind fp8 --kind-budgets 24 8 1.4]
 
 A step is both branches of the guidance in one pass, 1328x1328, 128 and 10 text tokens, modulation tabulated.
 The budget (GiB) holds for weights and activations: the process may not take more from the device
@@ -59,7 +59,6 @@ class Setting:
     width: int
     side: int
     repeats: int
-    quantised: bool
 
 
 def main() -> None:
@@ -67,8 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", default="bf16", help="bf16, fp8, int8 or fp8-storage (bf16)")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2, 8, 12, 24, 32], help="GiB")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[2, 8, 12, 24, 32], help="GiB, in bf16")
+    parser.add_argument("--kind", help="then quantise: fp8, int8 or fp8-storage")
+    parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 8, 1.4], help="GiB, then")
     parser.add_argument(
         "--slots", type=int, nargs="+", default=[], help="numbers of slots to try at the least"
     )
@@ -89,15 +89,11 @@ def main() -> None:
         width=args.width,
         side=args.side,
         repeats=args.repeats,
-        quantised=args.weights != "bf16",
     )
+    prefix = "bf16"
 
     def note(case: str, value: float, unit: str, peak: float | None = None) -> None:
-        label = (
-            f"{args.weights}, {case}"
-            if args.blocks == 60
-            else f"{args.weights}, {args.blocks} blocks, {case}"
-        )
+        label = f"{prefix}, {case}" if args.blocks == 60 else f"{prefix}, {args.blocks} blocks, {case}"
         record("offload", label, value, unit, peak_memory_gib=peak, path=args.results)
 
     if args.link:
@@ -111,12 +107,25 @@ def main() -> None:
     if args.load is not None or args.peer:
         return
     step = guided_step(model, setting)
-    if args.weights != "bf16":
-        start = time.perf_counter()
-        quantize_(model, args.weights)
-        synchronize(device)
-        note("quantising on the device", time.perf_counter() - start, "s")
-    measure_budgets(model, step, setting, args.budgets, args.slots, note)
+    if args.budgets:
+        measure_budgets(model, step, setting, args.budgets, args.slots, note)
+    if args.kind:
+        prefix = args.kind
+        quantise(model, args.kind, device, note)
+        measure_budgets(model, step, setting, args.kind_budgets, args.slots, note)
+
+
+def quantise(model: QwenImageTransformer2DModel, kind: str, device: torch.device, note: Note) -> None:
+    """Quantise the blocks on the device; the modulation stays on the host."""
+    unstream(model, device=None)
+    for block in model.transformer_blocks:
+        for part in (block.attn, block.img_mlp, block.txt_mlp):
+            part.to(device)
+    synchronize(device)
+    start = time.perf_counter()
+    quantize_(model, kind)
+    synchronize(device)
+    note("quantising on the device", time.perf_counter() - start, "s")
 
 
 def measure_budgets(
@@ -362,7 +371,7 @@ def host_model(setting: Setting) -> QwenImageTransformer2DModel:
     model.pos_embed = type(model.pos_embed)((16, 56, 56))
     generator = torch.Generator(setting.device).manual_seed(0)
     staging = torch.empty(2**28, dtype=torch.uint8, pin_memory=setting.device.type == "cuda")
-    for path, owner in model.named_modules():
+    for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is None:
                 continue
@@ -371,9 +380,7 @@ def host_model(setting: Setting) -> QwenImageTransformer2DModel:
                 drawn.normal_(0, 0.02, generator=generator)
             else:
                 drawn.fill_(1)
-            # Weights that will be quantised stay on the device, where that is quick.
-            stays = setting.quantised and not any(part in path for part in ("img_mod", "txt_mod"))
-            value = drawn if stays else on_host(drawn, staging)
+            value = on_host(drawn, staging)
             owner._parameters[name] = nn.Parameter(value, requires_grad=False)
     return model.eval()
 

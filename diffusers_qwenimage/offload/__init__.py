@@ -19,6 +19,7 @@
 | passage.py | `passing`: modules that visit the device once |
 | memory.py | pinned host memory without rounding |
 | layout.py | tensors behind each other in one slab |
+| recording.py | a streamed module inside of a CUDA graph |
 | hooks.py | hooks below those of other programs |
 """
 

@@ -67,6 +67,11 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream of the copies."""
+        return self._stream
+
     def mark(self) -> Mark:
         """An event."""
         return torch.cuda.Event()

@@ -13,7 +13,7 @@ from .plan import Placement
 from .ring import Unit
 from .survey import Group, Member
 
-WORKERS = 4  # blocks that are copied to pinned memory at a time
+WORKERS = 8  # blocks that are copied to pinned memory at a time
 
 
 class Progress:

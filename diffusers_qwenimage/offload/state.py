@@ -55,6 +55,16 @@ class Streaming:
         self._frozen: list[nn.Parameter] = []
 
     @property
+    def slots(self) -> list[Slot]:
+        """Places on the device for blocks."""
+        return self._slots
+
+    @property
+    def lane(self) -> Lane:
+        """What copies to the device."""
+        return self._lane
+
+    @property
     def fetched_bytes(self) -> int:
         """Bytes copied to the device for visits."""
         return 0 if self._ring is None else self._ring.fetched_bytes

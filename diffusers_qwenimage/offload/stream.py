@@ -76,12 +76,18 @@ def stream(
     return placement.plan
 
 
-def unstream(module: nn.Module, *, device: str | torch.device = "cpu") -> None:
-    """Undo `stream`: hooks go, and all weights are on `device`. One that does not stream is left alone."""
+def unstream(module: nn.Module, *, device: str | torch.device | None = "cpu") -> None:
+    """Undo `stream`: hooks go, and all weights are on `device`. One that does not stream is left alone.
+
+    Args:
+        module: the module.
+        device: where its weights go; None: they stay where they are, on the device and on the host.
+    """
     state = state_of(module)
     if state is not None:
         state.stop()
-        module.to(device)
+        if device is not None:
+            module.to(device)
 
 
 def streamed(module: nn.Module) -> StreamPlan | None:
