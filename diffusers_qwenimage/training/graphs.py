@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_qwenimage.offload.recording import recording, replaying
+
 from .batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class StepGraphs:
     Args:
         loss: the loss of a batch on the device.
         kept: tensors that the loss of a batch finds in caches.
+        model: the trained model, which may stream its weights.
         parameters: the trained weights.
         optimizer: torch's AdamW with `capturable`, whose step is recorded too, or another one.
         max_norm: the gradient is scaled down to this norm; infinite for never.
@@ -68,12 +71,14 @@ class StepGraphs:
         *,
         loss: Callable[[Batch], Tensor],
         kept: Kept,
+        model: nn.Module,
         parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         max_norm: float,
     ) -> None:
         self._loss = loss
         self._kept = kept
+        self._model = model
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._max_norm = max_norm
@@ -108,7 +113,8 @@ class StepGraphs:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         recorded.batch.copy_(batch)
-        recorded.gradients.replay()
+        with replaying(self._model):
+            recorded.gradients.replay()
         self._current = recorded
         return recorded.loss, recorded.norm
 
@@ -146,8 +152,9 @@ class StepGraphs:
     def _capture(self, static: Batch) -> Recorded:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(first, pool=self._pool):
-            loss = self._loss(static)
-            loss.backward()
+            with recording(self._model):
+                loss = self._loss(static)
+                loss.backward()
             norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
         result, norm_there = loss.detach(), norm
         # Results must outlive the next recording, which may use the memory of everything else.

@@ -62,6 +62,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
         raise ValueError(
             f"The optimizer {config.optimizer} does not take these arguments: {error}."
         ) from error
+    if arguments.get("capturable"):
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first step of each shape is launched
     return optimizer
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_qwenimage.kernels import backend
-from diffusers_qwenimage.offload import streamed
 
 from .batch import Batch
 from .cache import Encoders, TensorCache
@@ -332,6 +331,7 @@ class Trainer:
             self.graphs = StepGraphs(
                 loss=self._loss_of,
                 kept=self._kept_by,
+                model=self.trained.modules["dit"],
                 parameters=list(self.trained.parameters.values()),
                 optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
                 max_norm=self.config.max_grad_norm or float("inf"),
@@ -351,7 +351,6 @@ class Trainer:
             and config.trained_models == ("dit",)
             and (config.is_lora and config.adapter == "lora" and config.lora_dropout == 0)
             and config.checkpointing != "offload"
-            and streamed(self.trained.modules["dit"]) is None
         )
 
     def _kept_by(self, batch: Batch) -> Sequence[Tensor]:
