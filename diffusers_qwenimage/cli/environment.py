@@ -27,8 +27,10 @@ MORE = ("Packages and attention backends: qwenimage env --all",)
 GIB = 2**30
 # Weights of Qwen-Image in bfloat16, in GiB: transformer 38.05, text encoder 15.45, VAE 0.24.
 WHOLE_MODEL = 54
-LARGEST_PART = 39
+SMALLEST = 2.5  # GiB, for a picture of 1328x1328, with a buffer
 WORKING_MEMORY = 8  # GiB beside the weights, for decoding a picture of 1328x1328
+BUFFER = 0.5  # GiB left free by VRAM management
+COMFORTABLE = 30  # GiB in which all of the transformer stays, its modulation tabulated
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 # What a device may answer when it cannot run an attention backend.
 BACKEND_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AssertionError)
@@ -193,12 +195,21 @@ def recommended(devices: list[dict[str, Any]], host_total: float) -> dict[str, s
         }
     first = devices[0]
     free = first["memory_free"]
+    pinned = max(0.0, min(WHOLE_MODEL, 40.0 - free))
     if free > WHOLE_MODEL + WORKING_MEMORY:
         placement = f"all parts on the GPU ({WHOLE_MODEL} GiB of weights)"
-    elif free > LARGEST_PART + WORKING_MEMORY:
-        placement = f"parts in turns on the GPU (the largest has {LARGEST_PART} GiB)"
+    elif free < SMALLEST:
+        placement = f"does not fit: {free:.1f} GiB are free, {SMALLEST} are needed at least"
     else:
-        placement = f"does not fit: its largest part has {LARGEST_PART} GiB, {free:.0f} GiB are free"
+        placement = f"--vram {int(2 * (free - BUFFER)) / 2:g}: " + (
+            "the transformer stays on the GPU, the text encoder streams"
+            if free > COMFORTABLE
+            else "what does not fit streams from host memory"
+        )
+        if free <= COMFORTABLE:
+            placement += "; --weights fp8 halves that"
+        if host_total < pinned + 8:
+            placement += f". Host memory is short ({host_total:.0f} GiB): weights are read from the files"
     dtype = "bfloat16" if first["bfloat16"] else "float16 (this GPU has no bfloat16; not tested)"
     return {"device": first["device"], "dtype": dtype, "qwen_image": placement}
 

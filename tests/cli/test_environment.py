@@ -79,12 +79,23 @@ def test_text_of_a_machine_with_a_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("free", "placement"),
-    [(78.5, "all parts on the GPU"), (50.0, "parts in turns on the GPU"), (23.0, "does not fit")],
+    [
+        (78.5, "all parts on the GPU"),
+        (47.0, "--vram 46.5: the transformer stays on the GPU, the text encoder streams"),
+        (23.4, "--vram 22.5: what does not fit streams from host memory; --weights fp8 halves that"),
+        (7.6, "--vram 7: what does not fit streams"),
+        (1.0, "does not fit: 1.0 GiB are free, 2.5 are needed at least"),
+    ],
 )
 def test_recommendation_follows_the_free_memory(free: float, placement: str) -> None:
     answer = recommended([GPU | {"memory_free": free}], 100.0)
     assert answer["qwen_image"].startswith(placement)
     assert answer["dtype"] == "bfloat16"
+
+
+def test_recommendation_says_when_host_memory_is_short() -> None:
+    answer = recommended([GPU | {"memory_free": 7.6}], 16.0)["qwen_image"]
+    assert answer.endswith("Host memory is short (16 GiB): weights are read from the files")
 
 
 def test_recommendation_without_bfloat16_and_without_gpu() -> None:

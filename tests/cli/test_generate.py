@@ -187,6 +187,51 @@ def test_loras_are_applied_at_their_strengths_and_reported(
     assert np.array_equal(pixels("none.png"), pixels("plain.png"))
 
 
+@pytest.mark.parametrize(
+    "options", [("--vram", "0"), ("--vram", "1"), ("--vram", "0", "--lora", "a.safetensors")]
+)
+def test_pictures_within_a_budget_are_the_same(
+    options: tuple[str, ...], model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lora(folder / "a.safetensors", modules=MODULES[:-1], hidden=32)
+    # In bf16: in fp32 the CPU rounds one row of the modulation otherwise than two.
+    common = ("--size", "32x32", "--seed", "1", "--dtype", "bfloat16")
+    assert generate(model, *common, *options[2:], "-o", "plain.png") == 0
+    capsys.readouterr()
+    assert generate(model, *common, *options, "-o", "budget.png") == 0
+    err = capsys.readouterr().err
+    assert f"Loading {model}: 0.0 GiB of weights (" in err
+    assert "Memory on cpu: budget" in err and "expected peak" in err
+    assert np.array_equal(pixels("plain.png"), pixels("budget.png"))
+
+
+def test_8_bit_weights(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--size", "32x32", "--seed", "1", "--dtype", "bfloat16")
+    assert generate(model, *common, "-o", "plain.png") == 0
+    assert generate(model, *common, "--weights", "fp8", "-o", "fp8.png") == 0
+    difference = np.abs(pixels("plain.png").astype(int) - pixels("fp8.png").astype(int))
+    assert 0 < difference.mean() < 64
+
+
+def test_a_budget_that_is_too_small_is_one_line(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(model, "--size", "32x32", "--vram", "0.001") == 2
+    assert "the smallest budget that works is" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers_qwenimage.cli.placement.host_bytes", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["generate", "a cat", "--model", str(model)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "GiB of weights (" in line and "--vram makes it fit" in line
+    assert generate(model, "--size", "32x32") == 0  # --device cpu insists
+    assert "It will be very slow" in capsys.readouterr().err
+
+
 def test_a_lora_of_another_model_is_refused(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +356,8 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--dtype",
         "--device",
         "--lora",
+        "--vram",
+        "--weights",
         "-o FILE",
     ):
         assert option in text
