@@ -24,7 +24,7 @@ from .placing import Progress, bring_home
 from .plan import Placement
 from .ring import Feeder, Ring, Slot, Unit
 from .survey import Member, members_of
-from .visits import Visits, release_adapters
+from .visits import NO_COPY, Visits, release_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,14 @@ class Streaming:
     def fetched_bytes(self) -> int:
         """Bytes copied to the device for visits."""
         return 0 if self._ring is None else self._ring.fetched_bytes
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Copies and pickles would hold the same slots.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NO_COPY)
 
     def settle(self) -> None:
         """Let every tensor be at home."""

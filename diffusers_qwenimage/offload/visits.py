@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from .ring import Ring, Slot, Unit
 
 
+NO_COPY = "A module that streams its weights cannot be copied or pickled. Call unstream(module) first."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Visit:
     """A block that has its weights on the device.
@@ -67,13 +70,21 @@ class Visits:
         self._open: Visit | None = None
         self._kept: Visit | None = None
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Copies and pickles would hold the same slots.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NO_COPY)
+
     @torch.compiler.disable
     def enter(self, index: int) -> None:
         """Give a block its weights.
 
         Raises:
             RuntimeError: if another block is being visited: two threads run the module at once.
-            ValueError: if a weight was replaced by one of another shape or type.
+            ValueError: if a weight was replaced by one of another shape or type, or asks for a gradient.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
@@ -137,6 +148,11 @@ class Visits:
     def _begin(self, index: int, with_gradient: bool) -> None:
         unit = self._units[index]
         tensors = [member.tensor for member in unit.members]
+        if with_gradient and any(tensor.requires_grad for tensor in tensors):
+            raise ValueError(
+                f"Weights of {unit.name} ask for gradients, but they stream and cannot be trained: they are "
+                "never copied back. Call requires_grad_(False) on them, or unstream(module)."
+            )
         self._take_in_replaced(index, tensors)
         slot = self._ring.borrow(index, with_gradient=with_gradient)
         self._open = Visit(index=index, slot=slot, tensors=tensors, with_gradient=with_gradient)

@@ -1,5 +1,8 @@
 """Streaming beside other hooks, adapters and what moves modules."""
 
+import copy
+import pickle
+
 import accelerate
 import components
 import pytest
@@ -209,6 +212,17 @@ def test_moving_is_answered():
     run(model, inputs)
     unstream(model)
     model.to(torch.bfloat16)
+
+
+def test_copies_are_refused():
+    model = transformer()
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="cannot be copied"):
+            duplicate(model)
+    unstream(model)
+    copy.deepcopy(model)
+    pickle.dumps(model)
 
 
 def test_hooks_of_accelerate_are_refused():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offload_cases import late_lane, limit_of, stock_transformer, transformer, transformer_inputs
+from offload_cases import late_lane, limit_of, run, stock_transformer, transformer, transformer_inputs
 from peft import LoraConfig
 
 from diffusers_qwenimage.offload import fetched_bytes, stream, unstream
@@ -105,6 +105,17 @@ def test_the_base_is_never_trained():
     model(**inputs).sample.mean().backward()
     named = dict(model.named_parameters())
     assert all(named[name].grad is None for block in plan.blocks for name in block.streamed)
+
+
+def test_asking_for_gradients_of_the_base_is_refused():
+    model, inputs = transformer(), transformer_inputs()
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"transformer_blocks.0 ask for gradients.*requires_grad_\(False\)"):
+        model(**inputs)
+    run(model, inputs)
+    model.requires_grad_(False)
+    model(**inputs)
 
 
 def test_weights_are_at_home_after_a_backward_pass_is_settled():
