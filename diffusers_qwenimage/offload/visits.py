@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from .ring import Ring, Slot, Unit
 
-
-NO_COPY = "A module that streams its weights cannot be copied or pickled. Call unstream(module) first."
+NO_COPY = "A module that streams its weights cannot be copied. Call unstream(module) first."
 
 
 @dataclass(frozen=True, kw_only=True)
