@@ -249,6 +249,15 @@ class TrainConfig:
     """Save the LoRA in this format of `qwenimage lora` (default: diffsynth; diffusers for dora, comfyui for
     lokr)."""
 
+    push_to_hub: str | None = None
+    """ORG/NAME: upload the last weights, the model card and the pictures there when the run is finished."""
+
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """The hub of push_to_hub; log in to it beforehand."""
+
+    hub_private: bool = False
+    """Make a new repository of push_to_hub private."""
+
     # --- logs and validation ---
 
     loggers: str = ""

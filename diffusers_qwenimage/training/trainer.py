@@ -30,14 +30,16 @@ from .feed import Feed
 from .graphs import StepGraphs
 from .guard import Guard
 from .hashing import digest_of
+from .held import Held, make_state
 from .logs import Record, RunLog, check_loggers, write_card
 from .metadata import read_rows
 from .models import ModelFiles, find_models
 from .objective import Objective, flow_matching_loss
 from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer, set_learning_rate
 from .plan import Plan, Slot
+from .publish import check_login, publish
 from .randomness import Stream, seed_for
-from .sharding import give_back_, spread, spread_states, whole, whole_states
+from .sharding import give_back_, whole
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
     TrainedModels,
@@ -52,7 +54,6 @@ from .validation import Validation
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-EMA_PREFIX = "ema."
 MODULATION_STEPS = 256  # for so many steps at a time the modulation is tabulated
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -73,6 +74,8 @@ def train(config: TrainConfig) -> Path:
         find_format(config)
     find_optimizer(config)
     check_loggers(config)
+    if config.push_to_hub:
+        check_login(config.push_to_hub, config.hub)
     accelerator = Accelerator(
         mixed_precision="no",  # types are the trainer's business
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -392,64 +395,35 @@ class Trainer:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
         by_epoch = within == 0 and not self.config.save_steps
         stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
+        held = self._held()
+        optimizer, tensors, averages = held.whole()
         path = self.output / f"{stem}.safetensors"
-        optimizer = self.optimizer.state_dict()
-        tensors = {name: value.detach() for name, value in self.trained.parameters.items()}
-        averages = self.average.values if self.average else {}
-        if self.is_sharded:
-            optimizer = whole_states(optimizer)
-            tensors, averages = (
-                {name: whole(value) for name, value in part.items()} for part in (tensors, averages)
-            )
         if self.accelerator.is_main_process:
             check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
             metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
             dit = self.trained.modules["dit"]
-            save_weights(path, tensors, self.config, metadata, dit=dit)
-            if averages:
-                average_path = self.output / f"{stem}-ema.safetensors"
-                save_weights(average_path, averages, self.config, metadata, dit=dit)
-            state = State(
-                step=step,
-                trained={**tensors, **{EMA_PREFIX + name: value for name, value in averages.items()}},
-                optimizer=optimizer,
-                values={
-                    "guard": self.guard.state(),
-                    "data": self._data_digest(),
-                    "config": asdict(self.config),
-                },
-            )
+            for name, weights in (("", tensors), ("-ema", averages)):
+                if weights:
+                    file = self.output / f"{stem}{name}.safetensors"
+                    save_weights(file, weights, self.config, metadata, dit=dit)
+            values = {
+                "guard": self.guard.state(),
+                "data": self._data_digest(),
+                "config": asdict(self.config),
+            }
+            state = make_state(step, optimizer, tensors, averages, values)
             save_state(self.output, state, keep=self.config.keep_states)
         self.accelerator.wait_for_everyone()
         return path
 
+    def _held(self) -> Held:
+        """What a state saves and restores."""
+        return Held(parameters=self.trained.parameters, optimizer=self.optimizer, average=self.average)
+
     def _restore(self, state: State) -> int:
         """Take over a state; returns the number of steps done."""
-        saved = {name for name in state.trained if not name.startswith(EMA_PREFIX)}
-        if saved != set(self.trained.parameters):
-            raise ValueError(
-                "The state to resume from has other trained weights than this run: keep trainable_models, "
-                "the LoRA's options and the model as they were."
-            )
-        with torch.no_grad():
-            for name, parameter in self.trained.parameters.items():
-                if parameter.shape != state.trained[name].shape:
-                    raise ValueError(
-                        f"{name} has the shape {tuple(state.trained[name].shape)} in the state to resume "
-                        f"from, but {tuple(parameter.shape)} here: keep lora_rank and the model."
-                    )
-                parameter.copy_(spread(state.trained[name], parameter))
-        optimizer = dict(state.optimizer)
-        if self.is_sharded:
-            optimizer = spread_states(optimizer, list(self.trained.parameters.values()))
-        self.optimizer.load_state_dict(optimizer)
+        self._held().take_over(state)
         self.guard.load(state.values["guard"])
-        if self.average:
-            averages = {}
-            for name, parameter in self.trained.parameters.items():
-                value = state.trained.get(f"{EMA_PREFIX}{name}", state.trained[name])
-                averages[name] = spread(value, parameter)
-            self.average.load(averages)
         if state.values["data"] != self._data_digest():
             logger.warning(
                 "The pictures, their order or the size of a step differ from those of the saved state; the "
@@ -496,6 +470,14 @@ class Trainer:
                 step=self.num_steps,
                 images=len(self.samples),
             )
+            if self.config.push_to_hub and not self.stop.received:
+                publish(
+                    self.output,
+                    last,
+                    self.config.push_to_hub,
+                    self.config.hub,
+                    private=self.config.hub_private,
+                )
 
 
 def _on_main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
