@@ -9,6 +9,7 @@ counts every input read once and every output written once.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from results import RESULTS, record
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
-from diffusers_qwenimage.kernels import backend, matmul, norm, rope, set_backend
+from diffusers_qwenimage.kernels import backend, few, matmul, norm, quantized, rope, set_backend
+from diffusers_qwenimage.kernels.rows import Target
 
 WIDTH, HEADS, TEXT, IMAGE = 3072, 24, 128, 6889
 DTYPE = torch.bfloat16
@@ -27,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to measure (all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -42,17 +45,18 @@ def main() -> None:
             print(f"    {values * 2 / microseconds / 1e3:.0f} GB/s")
 
     with torch.no_grad():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (
+            () if "differences" not in args.cases else (torch.bfloat16, torch.float16, torch.float32)
+        ):
             for tokens, heads, dim in ((TEXT + IMAGE, HEADS, WIDTH // HEADS), (1, 3, 16), (13, 11, 100)):
                 for case, difference in differences(tokens, heads, dim, dtype).items():
                     label = (
                         f"{case}, {tokens} x {heads} x {dim}, {dtype}, relative difference to the reference"
                     )
                     record("kernels", label, difference, "", path=args.results)
-        measure_norm(note)
-        measure_rope(note)
-        measure_matmul(note)
-        measure_attention(note)
+        for case in args.cases:
+            if case in MEASURES:
+                MEASURES[case](note)
 
 
 def differences(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, float]:
@@ -194,6 +198,72 @@ def measure_attention(note: Callable[..., None]) -> None:
     copies = [part.contiguous() for part in views]
     note("attention on the joint buffer", lambda: scaled_dot_product_attention(*views), flop=flop)
     note("attention on contiguous tensors", lambda: scaled_dot_product_attention(*copies), flop=flop)
+
+
+def measure_few(note: Callable[..., None]) -> None:
+    """The text stream's products: the vendor's, and the kernel for few tokens."""
+    few.most_tokens = 256
+    for inputs, outputs, with_gelu in (
+        (WIDTH, 3 * WIDTH, False),
+        (WIDTH, WIDTH, False),
+        (WIDTH, 4 * WIDTH, True),
+        (4 * WIDTH, WIDTH, False),
+    ):
+        x, weight, bias = random(TEXT, inputs), random(outputs, inputs) / inputs**0.5, random(outputs)
+        label = f"{TEXT} tokens, {inputs} to {outputs}{' with GELU' if with_gelu else ''}"
+        expected = few.few_linear_reference(x.float(), weight.float(), bias.float(), with_gelu)
+
+        def vendor(
+            x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias, gelu: bool = with_gelu
+        ) -> Tensor:
+            return matmul.linear_gelu(x, weight, bias) if gelu else torch.addmm(bias, x, weight.t())
+
+        note(f"{label}, vendor", vendor, values=outputs * inputs)
+        note(f"{label}, vendor without bias", lambda x=x, weight=weight: x @ weight.t())
+        usual = few.tiles_for(inputs, outputs)
+        for cut in (
+            usual,
+            usual._replace(columns=128, splits=2 * usual.splits),
+        ):
+            run = partial(few.few_linear, x, weight, bias, with_gelu=with_gelu, tiles=cut)
+            difference = float((run().float() - expected).norm() / expected.norm())
+            if not difference < 5e-3:
+                raise SystemExit(f"{label}, {cut}: {difference:.2e} from the reference")
+            note(f"{label}, {', '.join(f'{k} {v}' for k, v in cut._asdict().items())}", run)
+
+
+def measure_quantized(note: Callable[..., None]) -> None:
+    """Quantising tokens, and products of 8 bits."""
+    for dtype, rotation in ((torch.float8_e4m3fn, 0), (torch.int8, 256)):
+        target = Target(dtype, rotation)
+        kind = "fp8" if dtype == torch.float8_e4m3fn else "int8"
+        hidden, tokens = random(IMAGE, 4 * WIDTH), random(IMAGE, WIDTH)
+        note(f"{IMAGE} tokens, GELU to {kind}", lambda: quantized.gelu_quantize(hidden, target))  # noqa: B023
+        note(f"{IMAGE} tokens, {kind} of 3072 values", lambda: quantized.quantize_rows(tokens, target))  # noqa: B023
+        for count, inputs, outputs in (
+            (IMAGE, WIDTH, 4 * WIDTH),
+            (IMAGE, 4 * WIDTH, WIDTH),
+            (TEXT, 4 * WIDTH, WIDTH),
+        ):
+            x = quantized.quantize_rows(random(count, inputs), target)
+            weight = quantized.quantize_rows(random(outputs, inputs), target)
+            run = partial(quantized.scaled_linear, x, *weight, random(outputs), DTYPE)
+            note(
+                f"{count} tokens, {kind} product, {inputs} to {outputs}",
+                run,
+                flop=2 * count * inputs * outputs,
+            )
+
+
+MEASURES = {
+    "norm": measure_norm,
+    "rope": measure_rope,
+    "matmul": measure_matmul,
+    "attention": measure_attention,
+    "few": measure_few,
+    "quantized": measure_quantized,
+}
+CASES = ("differences", *MEASURES)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusers_qwenimage import QwenImageTransformer2DModel, fused
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
-from diffusers_qwenimage.kernels import backend, set_backend, use_backend
+from diffusers_qwenimage.kernels import backend, few, set_backend, use_backend
 from diffusers_qwenimage.projections import fuse_
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
@@ -87,10 +87,10 @@ def main() -> None:
     for side in args.sizes:
         if wants("forward"):
             compare_forward(ours, stock, side, args.repeats, note)
+        if wants("table"):
+            compare_table(ours, side, args.repeats, note)
     if wants("profile") and args.profile:
         profile(ours, large, args.profile)
-    if wants("table"):
-        compare_table(ours, large, args.repeats, note)
     if wants("batch"):
         compare_unequal_batch(ours, stock, large, args.repeats, note)
     for side in args.sizes:
@@ -227,12 +227,30 @@ def compare_guidance(
 
 @torch.no_grad()
 def compare_table(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
-    """The forward with the modulation computed in it, and with it tabulated for the schedule."""
+    """The modulation computed in the forward and tabulated; then also the products of the text stream."""
     one = inputs_of(ours, side)
-    table = ours.tabulate_modulation(one["timestep"], dtype=torch.bfloat16)  # type: ignore[operator]
-    arms = {"computed": lambda: ours(**one), "tabulated": lambda: ours(**one, modulation=table.at(0))}
+    tabulated = with_table(ours, one)
+
+    def run(*, beside: bool, most_tokens: int) -> object:
+        fused.text_beside_image, few.most_tokens = beside, most_tokens
+        result = tabulated()
+        fused.text_beside_image, few.most_tokens = usual
+        return result
+
+    usual = fused.text_beside_image, few.most_tokens
+    difference = relative(run(beside=True, most_tokens=256)[0], run(beside=True, most_tokens=0)[0])  # type: ignore[index]
+    note(
+        f"{side}x{side} forward, kernel for few tokens against the vendor's, relative difference",
+        difference,
+        "",
+    )
+    arms: Arms = {"modulation computed": lambda: ours(**one)}
+    for beside in (True, False):
+        for most, products in ((0, "the vendor's products"), (256, "the kernel for few tokens")):
+            label = f"modulation tabulated, text {'beside' if beside else 'before'} the image, {products}"
+            arms[label] = lambda beside=beside, most=most: run(beside=beside, most_tokens=most)
     for name, figures in in_turn(arms, repeats).items():
-        note(f"{side}x{side} forward, ours, modulation {name}", *figures)
+        note(f"{side}x{side} forward, ours, {name}", *figures)
 
 
 @torch.no_grad()
@@ -311,9 +329,9 @@ def compare_quantized(
         if not difference < WORST[kind]:
             raise SystemExit(f"{kind} is {difference:.3f} from bf16: wrong, not measured further.")
         baseline = f"bf16, in turn with {kind}"
-        arms: Arms = {baseline: lambda x=one: ours(**x), kind: lambda x=one: other(**x)}
+        arms: Arms = {baseline: with_table(ours, one), kind: with_table(other, one)}
         for name, figures in in_turn(arms, repeats).items():
-            note(f"{side}x{side} forward, ours, {name}", *figures)
+            note(f"{side}x{side} forward, ours, modulation tabulated, {name}", *figures)
         measure_launch(other, side, lambda case, *rest: note(f"{case}, {kind}", *rest))
     if profile_to:
         profile(other, max(sizes), profile_to.with_stem(f"{profile_to.stem}-{kind}"))
@@ -364,7 +382,9 @@ def compare_lora(
 
 
 @torch.no_grad()
-def measure_modulation(ours: QwenImageTransformer2DModel, side: int, note: Callable[..., None]) -> None:
+def measure_modulation(
+    ours: QwenImageTransformer2DModel, side: int, note: Callable[..., None], *, num_tabulated: int = 50
+) -> None:
     """Denoise four steps with the modulation weights resident, and with them in host memory."""
     grid = side // 16
     text = inputs_of(ours, side)["encoder_hidden_states"]
@@ -391,19 +411,27 @@ def measure_modulation(ours: QwenImageTransformer2DModel, side: int, note: Calla
     got, peak = run()
     note("denoising, modulation tabulated: weights on the device", allocated(), "GiB", peak)
     note("denoising, table bit-equal to resident (1 = yes)", float(torch.equal(expected, got)), "")
-    sigmas = torch.linspace(1, 0.02, 50, device=ours.device, dtype=torch.bfloat16)
-    milliseconds = timed(lambda: ours.tabulate_modulation(sigmas, dtype=torch.bfloat16), 1)[0]
-    note("tabulating 50 timesteps from host memory", milliseconds, "ms")
-    ours.load_modulation()
+    if num_tabulated:
+        sigmas = torch.linspace(1, 0.02, num_tabulated, device=ours.device, dtype=torch.bfloat16)
+        milliseconds = timed(lambda: ours.tabulate_modulation(sigmas, dtype=torch.bfloat16), 1)[0]
+        note(f"tabulating {num_tabulated} timesteps from host memory", milliseconds, "ms")
+        ours.load_modulation()
+
+
+def with_table(model: torch.nn.Module, inputs: dict[str, object]) -> Callable[[], object]:
+    """A forward whose modulation was tabulated before, as in the pipelines."""
+    table = model.tabulate_modulation(inputs["timestep"], dtype=torch.bfloat16)  # type: ignore[operator]
+    return lambda: model(**inputs, modulation=table.at(0))
 
 
 @torch.no_grad()
 def profile(ours: torch.nn.Module, side: int, path: Path) -> None:
-    """Write the kernels of one forward, longest first."""
-    one = inputs_of(ours, side)
+    """Write the kernels of one forward (modulation tabulated), longest first."""
+    forward = with_table(ours, inputs_of(ours, side))
+    forward()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as recorded:
-        ours(**one)
+        forward()
         torch.cuda.synchronize()
     table = recorded.key_averages().table(
         sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90

@@ -25,7 +25,7 @@ from diffusers_qwenimage.quantize import (
 )
 
 LAYER = "transformer_blocks.0.attn.to_q"
-# Weights at other addresses are summed in another order, and then a code may fall on the other side of a border
+# Weights at other addresses are summed in another order, and then a code may fall beyond a border
 # (a step of fp8 is 6 %; see test_quantize.py).
 ROUNDING = 2e-3
 

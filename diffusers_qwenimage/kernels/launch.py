@@ -41,6 +41,7 @@ class Launcher:
         constants: tuple[Any, ...],
         num_warps: int,
         offsets: Sequence[int] | None = None,
+        num_stages: int | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device.
 
@@ -51,6 +52,7 @@ class Launcher:
             constants: values of the `tl.constexpr` parameters at the end.
             num_warps: warps per program.
             offsets: elements to add to each pointer.
+            num_stages: steps of a loop that are loaded ahead; Triton's choice if not given.
         """
         device = tensors[0].get_device()
         if self._direct and device == _current_device():
@@ -62,7 +64,14 @@ class Launcher:
             bits = 0
             for pointer in pointers:
                 bits |= pointer
-            key = (device, bits & 15 == 0, num_warps, constants, *[tensor.dtype for tensor in tensors])
+            key = (
+                device,
+                bits & 15 == 0,
+                num_warps,
+                num_stages,
+                constants,
+                *[tensor.dtype for tensor in tensors],
+            )
             variant = self._variants.get(key)
             if variant is not None:
                 run, function, metadata = variant
@@ -70,10 +79,10 @@ class Launcher:
                 run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *constants)
                 return
             if bits & 15 == 0:  # other mixtures of alignments are several variants: left to Triton
-                compiled = self._slowly(grid, tensors, numbers, constants, num_warps, offsets)
+                compiled = self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
                 self._variants[key] = (compiled.run, compiled.function, compiled.packed_metadata)
                 return
-        self._slowly(grid, tensors, numbers, constants, num_warps, offsets)
+        self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
 
     def _slowly(
         self,
@@ -83,13 +92,15 @@ class Launcher:
         constants: tuple[Any, ...],
         num_warps: int,
         offsets: Sequence[int] | None,
+        num_stages: int | None,
     ) -> Any:
         moved = [
             _from(tensor, offset)
             for tensor, offset in zip(tensors, offsets or [0] * len(tensors), strict=True)
         ]
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
-            return self._kernel[grid](*moved, *numbers, *constants, num_warps=num_warps)
+            options = {} if num_stages is None else {"num_stages": num_stages}
+            return self._kernel[grid](*moved, *numbers, *constants, num_warps=num_warps, **options)
 
 
 def _current_device() -> int:
