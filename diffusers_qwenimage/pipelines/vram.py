@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 HOST_RESERVE = 3 * GIB  # host memory that is left alone when weights are pinned
 VAE_METHODS = ("encode", "decode")
+# Where the transformer and the text encoder wait: the text encoder runs once, the transformer in every step.
+SOURCES: tuple[tuple[Source, Source], ...] = (
+    ("pinned", "pinned"),
+    ("pinned", "mapped"),
+    ("mapped", "mapped"),
+)
+NEXT_TO_YIELD = {"pinned": "text encoder", "mapped": "transformer"}
 
 
 class VramManager:
@@ -133,27 +140,33 @@ class VramManager:
         _give_cache_back(self.device)
 
     def _plan_for(self, parts: Parts, demand: Demand) -> PipelinePlan:
-        plan = self._plan_from(parts, demand, self._source or "pinned")
-        self._check_budget(parts, plan)
+        """The plan whose host memory can be pinned, the fastest first; the text encoder gives way first."""
         if self._source is not None:
+            plan = self._plan_from(parts, demand, self._source, self._source)
+            self._check_budget(parts, plan)
             return plan
         spare = psutil.virtual_memory().available - HOST_RESERVE + _pinned_now(parts)
-        if plan.host_bytes <= spare:
-            return plan
-        logger.warning(
-            "%.1f GiB of host memory are too few to pin the %.1f GiB that stream: they are read where they "
-            "are, which is slower.",
-            *(spare / GIB, plan.host_bytes / GIB),
-        )
-        return self._plan_from(parts, demand, "mapped")
+        for source, text_source in SOURCES:
+            plan = self._plan_from(parts, demand, source, text_source)
+            if source == text_source == "pinned":
+                self._check_budget(parts, plan)
+            if plan.host_bytes <= spare:
+                break
+            logger.warning(
+                "%.1f GiB of host memory are too few to pin %.1f GiB: the %s is read where it lies, which is "
+                "slower.",
+                *(spare / GIB, plan.host_bytes / GIB, NEXT_TO_YIELD[text_source]),
+            )
+        return plan
 
-    def _plan_from(self, parts: Parts, demand: Demand, source: Source) -> PipelinePlan:
+    def _plan_from(self, parts: Parts, demand: Demand, source: Source, text_source: Source) -> PipelinePlan:
         return plan_pipeline(
             parts,
             self.budget,
             demand,
             device=str(self.device),
             source=source,
+            text_source=text_source,
             persistent_parameters=self._persistent,
             strict=self._strict,
         )

@@ -119,6 +119,7 @@ def plan_pipeline(
     *,
     device: str,
     source: Source = "pinned",
+    text_source: Source | None = None,
     persistent_parameters: int | None = None,
     strict: bool = True,
 ) -> PipelinePlan:
@@ -126,13 +127,22 @@ def plan_pipeline(
 
     Args:
         budget: bytes for weights and activations; None: no limit.
+        source: where the weights that stream wait.
+        text_source: the same for the text encoder; None: as `source`.
         strict: refuse a budget that is too small; else the plan is for the smallest that works.
         persistent_parameters: the most parameters of the transformer that may stay on the device.
 
     Raises:
         ValueError: if the budget is too small; it says what the smallest is.
     """
-    planner = _Planner(parts, demand, device=device, source=source, persistent=persistent_parameters)
+    planner = _Planner(
+        parts,
+        demand,
+        device=device,
+        source=source,
+        text_source=text_source or source,
+        persistent=persistent_parameters,
+    )
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
         if strict:
@@ -152,12 +162,20 @@ def too_small(budget: int, smallest: int, demand: Demand) -> str:
 
 class _Planner:
     def __init__(
-        self, parts: Parts, demand: Demand, *, device: str, source: Source, persistent: int | None
+        self,
+        parts: Parts,
+        demand: Demand,
+        *,
+        device: str,
+        source: Source,
+        text_source: Source,
+        persistent: int | None,
     ) -> None:
         self._parts = parts
         self._demand = demand
         self._device = device
         self._source = source
+        self._text_source = text_source
         self._persistent = persistent
         self._vae_bytes = weight_bytes(parts.vae)
         self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
@@ -278,7 +296,7 @@ class _Planner:
                 device=self._device,
                 blocks=settings.blocks,
                 on_call=settings.on_call,
-                source=self._source,
+                source=self._text_source if module is self._parts.text_encoder else self._source,
             )
         return self._plans[key]
 

@@ -3,12 +3,14 @@
 import random
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from diffusers_qwenimage import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers_qwenimage.pipelines.needs import Demand, decode_bytes, fitting_tile
+from diffusers_qwenimage.pipelines.vram import HOST_RESERVE, VramManager
 from diffusers_qwenimage.pipelines.vram_plan import Parts, plan_pipeline
 from diffusers_qwenimage.quantize import quantize_
 
@@ -79,6 +81,26 @@ def test_more_memory_never_streams_more(model: Parts) -> None:
     assert streamed == sorted(streamed, reverse=True) and streamed[-1] == 0 < streamed[0]
     assert plans[-1].vae_stays and plans[-1].tile is None
     assert plans[-1].host_bytes == 0
+
+
+def test_the_text_encoder_gives_way_first_when_host_memory_is_short(
+    model: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demand = Demand(rows=64, columns=64)
+    manager = VramManager(lambda: model, torch.device("cpu"), budget=3 * GIB)
+    pinned = manager._plan_for(model, demand)
+    assert pinned.transformer is not None and pinned.text_encoder is not None
+    for missing, sources in (
+        (-1, ("pinned", "pinned")),
+        (1, ("pinned", "mapped")),
+        (pinned.host_bytes, ("mapped", "mapped")),
+    ):
+        memory = psutil.virtual_memory()._replace(available=pinned.host_bytes - missing + HOST_RESERVE)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        plan = manager._plan_for(model, demand)
+        assert plan.transformer is not None and plan.text_encoder is not None
+        assert (plan.transformer.source, plan.text_encoder.source) == sources
+        assert plan.transformer.blocks == pinned.transformer.blocks
 
 
 def test_memory_is_used(model: Parts) -> None:
