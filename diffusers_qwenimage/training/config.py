@@ -147,6 +147,11 @@ class TrainConfig:
     max_bad_steps: int = 5
     """Stop after so many skipped steps in a row. Steps with a NaN or infinite loss are always skipped."""
 
+    optimizer_in_backward: bool = False
+    """Let every weight take its step as soon as its gradient is known, so that not all gradients exist at a
+    time; weights in bfloat16 are rounded stochastically. One process, no accumulation, no clipping
+    (max_grad_norm 0)."""
+
     # --- what is trained ---
 
     trainable_models: str | None = None
@@ -319,6 +324,15 @@ class TrainConfig:
                 f"extra_inputs {self.extra_inputs!r}: training from text to image takes no further inputs; "
                 "leave it out."
             )
+        if self.optimizer_in_backward and (
+            self.max_grad_norm or self.spike_factor or self.gradient_accumulation_steps > 1
+        ):
+            raise ValueError(
+                "optimizer_in_backward never has all gradients together: set max_grad_norm and spike_factor "
+                "to 0 and gradient_accumulation_steps to 1."
+            )
+        if self.optimizer_in_backward and self.sharding != "none":
+            raise ValueError("optimizer_in_backward is for one process; leave sharding out.")
         unknown = [name for name in comma_list(self.loggers) if name not in ("tensorboard", "wandb")]
         if unknown:
             raise ValueError(f"loggers knows tensorboard and wandb, not {', '.join(unknown)}.")

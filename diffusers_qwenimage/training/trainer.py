@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,7 @@ from .graphs import StepGraphs
 from .guard import Guard
 from .hashing import digest_of
 from .held import Held, make_state
+from .in_backward import StepsInBackward
 from .logs import Record, RunLog, check_loggers, write_card
 from .metadata import read_rows
 from .models import ModelFiles, find_models
@@ -87,7 +89,7 @@ def train(config: TrainConfig) -> Path:
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"Training on {accelerator.distributed_type.value} is not available; start one process, or "
-            "several with data parallelism (accelerate launch --multi_gpu)."
+            "several (accelerate launch --multi_gpu), and spread the weights over them with --sharding full."
         )
     main = accelerator.is_main_process
     with stop_on_sigterm() as stop, output_lock(output, held_by_us=main):
@@ -241,7 +243,9 @@ class Trainer:
             slots = self.plan.batch(step, micro, self.accelerator.process_index)
             with self.accelerator.accumulate(*self.modules.values()):
                 loss, used = self._loss(slots)
-                self.accelerator.backward(loss)
+                # Steps in the backward pass cannot be taken back: a bad loss must stop before it.
+                if not self.config.optimizer_in_backward or bool(torch.isfinite(loss)):
+                    self.accelerator.backward(loss)
             total += loss.detach() / self.config.gradient_accumulation_steps
             names += used
         return total, self._clip(), names, self.optimizer.step
@@ -277,6 +281,8 @@ class Trainer:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""
         limit = self.config.max_grad_norm or float("inf")
         parameters = list(self.trained.parameters.values())
+        if isinstance(self.optimizer, StepsInBackward):
+            return self.optimizer.norm()
         if self.is_sharded:
             return cast(Tensor, whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
@@ -324,9 +330,14 @@ class Trainer:
         for name in ("vae", "text_encoder"):
             if name in self.trained.modules:
                 self.encoders.use(name, self.trained.modules[name])
-        optimizer: Any = make_optimizer(self.config, list(self.trained.parameters.values()))
         modules: Mapping[str, Any] = self.trained.modules
-        if not self.is_sharded:
+        parameters = list(self.trained.parameters.values())
+        optimizer: Any
+        if self.config.optimizer_in_backward:
+            optimizer = StepsInBackward(parameters, partial(make_optimizer, self.config))
+        else:
+            optimizer = make_optimizer(self.config, parameters)
+        if not self.is_sharded and not self.config.optimizer_in_backward:
             *prepared, optimizer = self.accelerator.prepare(*modules.values(), optimizer)
             modules = dict(zip(modules, prepared, strict=True))
         self.modules, self.optimizer = modules, optimizer

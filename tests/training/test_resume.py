@@ -178,5 +178,19 @@ def test_sharded_training_equals_one_process_and_resumes(workplace, kind):
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2.yaml", "zero2.yaml"])
+def test_configs_for_several_processes(workplace, name):
+    """They start and take steps with the tiny model, on two processes."""
+    path = Path(__file__).parents[2] / "examples" / "model_training" / "configs" / name
+    settings = {"config": path, "lora_base_model": None, "trainable_models": "dit", "max_steps": 2}
+    assert start(processes=2, **settings).wait(timeout=300) == 0, log_of_process()
+    assert [record.step for record in read_log(Path("out/log.csv"))] == [1, 2]
+    base = load_file("models/Qwen/Qwen-Image/transformer/diffusion_pytorch_model.safetensors")
+    saved = load_file(next(Path("out").glob("*.safetensors")))
+    assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in base.items()}
+    assert sum(not torch.equal(tensor, base[name]) for name, tensor in saved.items()) > 40
+
+
 def log_of_process():
     return Path("process.log").read_text(encoding="utf-8")[-4000:]

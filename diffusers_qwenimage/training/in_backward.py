@@ -1,0 +1,115 @@
+"""The optimizer's step inside of the backward pass: every weight takes it as soon as its gradient is known.
+
+Then no two gradients exist at a time: fine-tuning the whole dit in bf16 takes its weights (41 GB), the
+optimizer's states (Adafactor's are small) and the activations, and not another 41 GB of gradients. What
+needs all gradients together cannot be had: clipping to their norm, skipping a step for it, adding up batches.
+
+Weights in bf16 are stepped in fp32 and rounded at random, up or down by their distance to the two neighbours
+(stochastic rounding, arXiv 2010.06192), so that updates smaller than half a bit are not lost on average.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class StepsInBackward:
+    """Looks like one optimizer over all parameters.
+
+    Args:
+        parameters: the trained weights.
+        make: an optimizer over one of them.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], make: Make) -> None:
+        self._single = [_Single(parameter, make) for parameter in parameters]
+        self._squares: Tensor | None = None
+        for parameter, single in zip(parameters, self._single, strict=True):
+            parameter.register_post_accumulate_grad_hook(self._hook(single))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all weights."""
+        return [group for single in self._single for group in single.optimizer.param_groups]
+
+    def norm(self) -> Tensor:
+        """Norm of the gradient of the backward pass before, NaN if there was none; starts a new sum."""
+        squares, self._squares = self._squares, None
+        return torch.tensor(float("nan")) if squares is None else squares.sqrt()
+
+    def step(self) -> None:
+        """Nothing: it was taken."""
+
+    def zero_grad(self) -> None:
+        """Nothing: gradients are gone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of one optimizer over all weights."""
+        states = [single.optimizer.state_dict() for single in self._single]
+        group = {**states[0]["param_groups"][0], "params": list(range(len(states)))}
+        state = {index: each["state"][0] for index, each in enumerate(states) if each["state"]}
+        return {"state": state, "param_groups": [group]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        for index, single in enumerate(self._single):
+            entries = state["state"]
+            group = {**state["param_groups"][0], "params": [0]}
+            single.load({"state": {0: entries[index]} if index in entries else {}, "param_groups": [group]})
+
+    def _hook(self, single: "_Single") -> Callable[[Tensor], None]:
+        def take_step(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+            self._squares = square if self._squares is None else self._squares + square
+            single.step(parameter.grad)
+            parameter.grad = None
+
+        return take_step
+
+
+class _Single:
+    """One weight, and the optimizer over it or over its copy in fp32."""
+
+    def __init__(self, parameter: nn.Parameter, make: Make) -> None:
+        self._parameter = parameter
+        self._is_rounded = parameter.dtype == torch.bfloat16
+        self._wide = parameter
+        if self._is_rounded:
+            self._wide = nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
+        self.optimizer = make([self._wide])
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One step with this gradient."""
+        if not self._is_rounded:
+            self.optimizer.step()
+            return
+        self._wide.data = self._parameter.data.float()
+        self._wide.grad = gradient.float()
+        self.optimizer.step()
+        self._parameter.copy_(round_at_random(self._wide.data))
+        self._forget()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the state of this weight; while it is, the weight must have its shape."""
+        if self._is_rounded:
+            self._wide.data = self._parameter.data.float()
+        self.optimizer.load_state_dict(state)
+        if self._is_rounded:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._wide.grad = None
+        self._wide.data = self._wide.data.new_empty(0)
+
+
+def round_at_random(values: Tensor) -> Tensor:
+    """fp32 values as bf16, rounded up or down with a chance that makes the mean right."""
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
+    bits = values.contiguous().view(torch.int32) + noise  # carries into the bits that stay
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)

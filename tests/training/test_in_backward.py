@@ -1,0 +1,72 @@
+"""Steps inside of the backward pass equal those after it, and rounding at random keeps what is small."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_data import config
+
+from diffusers_qwenimage.training.in_backward import round_at_random
+from diffusers_qwenimage.training.logs import read_log
+from diffusers_qwenimage.training.trainer import train
+
+RUN = {"trainable_models": "dit", "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_equals_steps_after_the_backward_pass(workplace, optimizer):
+    settings = {**RUN, "optimizer": optimizer, "learning_rate": 1e-3, "lr_schedule": "cosine"}
+    train(config(output_path="after", **settings))
+    train(config(output_path="within", optimizer_in_backward=True, **settings))
+    logs = [read_log(workplace / folder / "log.csv") for folder in ("after", "within")]
+    for one, two in zip(*logs, strict=True):
+        assert (one.loss, one.learning_rate) == (two.loss, two.learning_rate)
+        assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-5)  # sums in another order
+    first, second = (load_file(workplace / folder / "step-4.safetensors") for folder in ("after", "within"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_resumes_in_bf16_bit_for_bit(workplace):
+    settings = {
+        **RUN,
+        "optimizer_in_backward": True,
+        "optimizer": "adafactor",
+        "dtype": "bfloat16",
+        "trainable_dtype": "bfloat16",
+    }
+    train(config(output_path="whole", **settings))
+    train(config(output_path="out", **settings))
+    (workplace / "out" / "step-4.state").rename(workplace / "gone")
+    train(config(output_path="out", resume_from="latest", **settings))
+    assert (
+        read_log(workplace / "out" / "log.csv")[-1].loss == read_log(workplace / "whole" / "log.csv")[-1].loss
+    )
+    whole, out = (load_file(workplace / folder / "step-4.safetensors") for folder in ("whole", "out"))
+    assert all(torch.equal(tensor, out[name]) for name, tensor in whole.items())
+
+
+def test_rounding_at_random_has_the_right_mean():
+    torch.manual_seed(0)
+    values = torch.tensor([1.0, 1.001, -3.3, 1e-20, 0.0, 65000.0])
+    rounded = torch.stack([round_at_random(values).double() for _ in range(20_000)])
+    exact = values.double()
+    spacing = 2.0 ** (exact.abs().clamp_min(1e-30).log2().floor() - 7)  # of bf16 around a value
+    assert ((rounded - exact).abs() < spacing).all()
+    # the mean of 20,000 draws is within 5 standard deviations, each at most half the spacing
+    assert ((rounded.mean(0) - exact).abs() <= 5 * spacing / 2 / 20_000**0.5).all()
+    assert torch.equal(round_at_random(values.bfloat16().float()), values.bfloat16())
+
+
+def test_a_nan_loss_takes_no_step(workplace, monkeypatch):
+    from diffusers_qwenimage.training import trainer as module
+
+    settings = {**RUN, "optimizer_in_backward": True, "max_bad_steps": 3, "save_steps": 100}
+    loss = module.flow_matching_loss
+    monkeypatch.setattr(module, "flow_matching_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
+    with pytest.raises(ValueError, match="3 steps in a row were skipped, the last one for the loss nan"):
+        train(config(**settings))
+
+
+def test_refuses_what_needs_all_gradients():
+    with pytest.raises(ValueError, match="never has all gradients together"):
+        config(trainable_models="dit", optimizer_in_backward=True)
