@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole dit. Weights and gradients in bf16 are 41 GB each, Adafactor's states are small: one GPU of 141 GB.
+# The whole dit on one GPU of 80 GB: weights in bf16 are 41 GB, Adafactor's states are small, and every weight takes
+# its step as soon as its gradient is known. For several GPUs see configs/fsdp2.yaml.
 set -euo pipefail
 accelerate launch examples/model_training/train.py \
   --dataset_base_path examples/datasets/emoji \
@@ -14,4 +15,6 @@ accelerate launch examples/model_training/train.py \
   --trainable_models "dit" \
   --trainable_dtype bfloat16 \
   --optimizer adafactor \
+  --optimizer_in_backward \
+  --max_grad_norm 0 \
   --use_gradient_checkpointing "$@"
