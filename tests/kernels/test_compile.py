@@ -1,0 +1,66 @@
+"""The kernels compile for GPUs that are not there, at the widths of the published model."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from fused_cases import needs_triton
+
+CODE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from diffusers_qwenimage.kernels import few, int8, norm, quantized, rope
+
+BF16, I32, F32, FP8, INT8 = "*bf16", "*i32", "*fp32", "*fp8e4nv", "*i8"
+NORM = dict(D=3072, BLOCK=4096, STRIDE=18432, HAS_GATE=True, HAS_NORM=True, HAS_INDEX=True)
+ROPE = dict(H=24, DIM=128, HEADS=8, BLOCK=128, FROM_SOURCE=False)
+GELU = dict(X_STRIDE=12288, D=12288, BLOCK=4096, PARTS=3, GELU=True)
+TILE = dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8)
+INT8_SIZES = dict(INPUTS=3072, OUTPUTS=9216, OUT_STRIDE=9216, HAS_BIAS=True, **TILE)
+FEW = dict(INPUTS=12288, OUTPUTS=3072, OUT_STRIDE=3072, GELU=True, ROWS=128, COLUMNS=64, DEPTH=64)
+
+
+def kernels(has_fp8):
+    yield rope._rope_kernel, [BF16, BF16, I32, BF16, BF16, F32, "i32", "fp32"], ROPE, {"num_warps": 4}
+    yield int8._int8_kernel, [INT8, F32, INT8, F32, BF16, BF16, "i32"], INT8_SIZES, {"num_warps": 8}
+    for splits, out in ((1, BF16), (4, F32)):
+        constants = {**FEW, "SPLITS": splits}
+        yield few._few_kernel, [BF16, BF16, BF16, out, "i32"], constants, {"num_warps": 4, "num_stages": 4}
+    for out, limit, rotation in ((BF16, 0.0, 0), (FP8, 448.0, 0), (INT8, 127.0, 256)):
+        if out == FP8 and not has_fp8:
+            continue
+        constants = dict(LIMIT=limit, ROTATION=rotation)
+        pointers = [BF16] * 5 + [I32, BF16, out, F32]
+        yield norm._norm_kernel, [*pointers, "fp32"], {**NORM, **constants}, {"num_warps": 8}
+        if limit:
+            yield quantized._quantize_kernel, [BF16, out, F32], {**GELU, **constants}, {"num_warps": 16}
+            sizes = dict(D=3072, BLOCK=4096, ROTATION=rotation)
+            yield quantized._dequantize_kernel, [out, F32, BF16], sizes, {"num_warps": 8}
+
+
+capability = int(sys.argv[1])
+for kernel, types, constants, options in kernels(capability >= 89):
+    names = [parameter.name for parameter in kernel.params]
+    rest = iter(types)
+    signature = {p.name: "constexpr" if p.is_constexpr else next(rest) for p in kernel.params}
+    given = {(names.index(name),): value for name, value in constants.items()}
+    pointers = [index for index, name in enumerate(names) if signature[name].startswith("*")]
+    aligned = {(index,): [["tt.divisibility", 16]] for index in pointers}
+    source = ASTSource(kernel, signature, given, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    print(kernel.__name__, len(compiled.asm["cubin"]), "spilled" if "ld.local" in compiled.asm["ptx"] else "")
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = [sys.executable, "-c", CODE, str(capability)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert len(lines) == (11 if capability >= 89 else 8) and not any("spilled" in line for line in lines)
