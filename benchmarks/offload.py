@@ -5,7 +5,7 @@
 A step is both branches of the guidance in one pass, 1328x1328, 128 and 10 text tokens, modulation tabulated.
 The budget (GiB) holds for weights and activations: the process may not take more from the device
 (`set_per_process_memory_fraction`). Times are of several steps in a row, so that copies for the next step are
-counted. Results of all budgets are compared with the fully resident run, bit for bit. `--device cpu` with
+counted. Results of all budgets are compared with each other, bit for bit. `--device cpu` with
 `--blocks 4 --width 2` dry-runs everything at a small size.
 """
 
@@ -41,7 +41,7 @@ from diffusers_qwenimage.quantize import quantize_
 
 SPARE = 350 * 2**20  # what the allocator may lose between pieces of other sizes
 FRUGAL = 1.0  # GiB: below, `save_memory()`
-FIRST_GUESS = 750 * 2**20  # of what a step needs beside the weights, until it was measured
+FIRST_GUESS = 700 * 2**20  # of what a step needs beside the weights, until it was measured
 Note = Callable[..., None]
 
 
@@ -53,9 +53,6 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[2, 8, 12, 24, 32], help="GiB, in bf16")
     parser.add_argument("--kind", help="then quantise: fp8, int8 or fp8-storage")
     parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 8, 1.4], help="GiB, then")
-    parser.add_argument(
-        "--slots", type=int, nargs="+", default=[], help="numbers of slots to try at the least"
-    )
     parser.add_argument("--link", action="store_true", help="rates of pinning and of the link")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--width", type=int, default=24, help="heads of 128 dimensions (24)")
@@ -84,11 +81,11 @@ def main() -> None:
     note("host memory of the process with the weights", resident_memory(), "GiB")
     step = guided_step(model, setting)
     if args.budgets:
-        measure_budgets(model, step, setting, args.budgets, args.slots, note)
+        measure_budgets(model, step, setting, args.budgets, note)
     if args.kind:
         prefix = args.kind
         quantise(model, args.kind, device, note)
-        measure_budgets(model, step, setting, args.kind_budgets, args.slots, note)
+        measure_budgets(model, step, setting, args.kind_budgets, note)
 
 
 def quantise(model: QwenImageTransformer2DModel, kind: str, device: torch.device, note: Note) -> None:
@@ -109,43 +106,33 @@ def measure_budgets(
     step: Callable[[], Tensor],
     setting: Setting,
     budgets: list[float],
-    slots: list[int],
     note: Note,
 ) -> None:
-    """Every budget; results are compared with those of the largest, where everything should be resident."""
+    """Every budget; results are compared with that of the first."""
     least = plan_stream(model, None, device=str(setting.device))
     note("smallest budget for weights, 2 slots", least.smallest_overlapping_bytes / GIB, "GiB")
     note("smallest budget for weights, 1 slot", least.smallest_bytes / GIB, "GiB")
-    results: dict[str, Tensor] = {}
+    first: Tensor | None = None
     beside = FIRST_GUESS
-    for number in slots:
-        results[f"{number} slots"], beside = measure(
-            model,
-            step,
-            setting,
-            f"nothing resident, {number} slots",
-            least.smallest_bytes,
-            number,
-            None,
-            note,
-        )
     for budget in budgets:
         frugal = budget < FRUGAL
         model.save_memory(frugal)
-        limit = max(int(budget * GIB) - (0 if frugal else beside + SPARE), least.smallest_bytes)
+        limit = max(int(budget * GIB) - beside - SPARE, least.smallest_bytes)
         label = f"budget {budget:g} GiB" + (", saving memory" if frugal else "")
         try:
             number = 1 if frugal else None
             limit = least.smallest_bytes if frugal else limit
-            results[label], needed = measure(model, step, setting, label, limit, number, budget, note)
-            beside = beside if frugal else needed
+            result, needed = measure(model, step, setting, label, limit, number, budget, note)
         except torch.OutOfMemoryError as error:
             print(f"{label}: {error}")
-    expected = results[f"budget {max(budgets):g} GiB"]
-    for label, result in results.items():
-        note(f"{label}, equal to the largest (1 = yes)", float(torch.equal(result, expected)), "")
-        difference = (result.float() - expected.float()).norm() / expected.float().norm()
-        note(f"{label}, relative difference to the largest", float(difference), "")
+            cap(setting.device, None)
+            continue
+        first = result if first is None else first
+        beside = beside if frugal else needed
+        note(f"{label}, equal to the first (1 = yes)", float(torch.equal(result, first)), "")
+        difference = (result.float() - first.float()).norm() / first.float().norm()
+        note(f"{label}, relative difference to the first", float(difference), "")
+    model.save_memory(False)
 
 
 def measure(
@@ -178,8 +165,9 @@ def measure(
     result = step()
     step()
     before = fetched_bytes(model)
-    times = [timed(step, device) for _ in range(setting.repeats)]
-    moved = (fetched_bytes(model) - before) / setting.repeats / STEPS
+    steps = 1 if model.separate_guidance else STEPS
+    times = [timed(step, device, steps) for _ in range(setting.repeats)]
+    moved = (fetched_bytes(model) - before) / setting.repeats / steps
     peak, reserved = peaks(device)
     note(f"{label}, step", statistics.median(times), "ms", peak / GIB)
     note(f"{label}, reserved on the device", reserved / GIB, "GiB")

@@ -43,7 +43,7 @@ from .kernels import backend
 from .offload import passing, streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
 
-FRUGAL_ROWS = 2048  # the fewest that keep a large GPU busy
+FRUGAL_ROWS = 1024  # the fewest that keep a large GPU busy
 
 if TYPE_CHECKING:
     from .fused import ModulationAhead
