@@ -12,6 +12,8 @@ steps. Cases of 60 blocks need an 80 GB GPU.
     resident    ours, base in bf16 on the device, steps recorded as CUDA graphs
     stream      ours within --vram_limit GB, base in bf16 from host memory; the model then stays streamed
     fp8, int8   ours, base in 8 bits: one of the two in a run
+    gradient    with stock and resident: their LoRA gradients compared
+    trainer     with fp8: the whole trainer on the small model inside the package
     stream-fp8  the same within --vram_limit GB
 """
 
@@ -23,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -38,14 +41,16 @@ from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.training.batch import Batch
 from diffusers_qwenimage.training.config import LORA_TARGETS, TrainConfig
 from diffusers_qwenimage.training.graphs import StepGraphs
+from diffusers_qwenimage.training.logs import read_log
 from diffusers_qwenimage.training.memory import unit_bytes, weights_budget
 from diffusers_qwenimage.training.modulation import ModulationRows
 from diffusers_qwenimage.training.objective import flow_matching_loss
 from diffusers_qwenimage.training.optimizers import make_optimizer
 from diffusers_qwenimage.training.trained import add_adapter_, enable_checkpointing_
+from diffusers_qwenimage.training.trainer import train
 
 GIB = 2**30
-CASES = ("error", "stock", "resident", "stream", "fp8", "stream-fp8", "int8")
+CASES = ("error", "stock", "gradient", "resident", "stream", "fp8", "trainer", "stream-fp8", "int8")
 MODES = ("full", "none", "selective")
 SIGMAS = (0.890625, 0.703125, 0.5, 0.296875)  # exact in bf16
 TEXT_TOKENS = 128
@@ -114,7 +119,7 @@ def main() -> None:
         return
     release()
     model = build(setting, torch.bfloat16)
-    gradient = measure_stock(setting, model) if "stock" in rest else {}
+    gradient = measure_stock(setting, model, "gradient" in rest) if "stock" in rest else {}
     release()
     ours = Ours(setting, model)
     if "resident" in rest:
@@ -124,6 +129,8 @@ def main() -> None:
     for kind in ("fp8", "int8"):
         if kind in rest:
             measure_eight_bits(setting, ours, kind)
+        if kind == "fp8" and "trainer" in rest:
+            measure_trainer(setting)
         if f"stream-{kind}" in rest:
             measure_streamed(setting, ours, kind)
 
@@ -148,12 +155,14 @@ def measure_error(setting: Setting) -> None:
         report_error(small, f"ours, keep {keep}", gradients_of(ours, small, torch.bfloat16), exact)
 
 
-def measure_stock(setting: Setting, ours: Any) -> dict[str, Tensor]:
-    """diffusers + PEFT with gradient checkpointing; returns its gradients."""
+def measure_stock(setting: Setting, ours: Any, wants_gradient: bool) -> dict[str, Tensor]:
+    """diffusers + PEFT with gradient checkpointing; returns its gradients if they are wanted."""
     stock = stock_of(ours)
     add_stock_adapter(stock, torch.bfloat16)
     stock.enable_gradient_checkpointing()
-    gradient = {name: value.cpu() for name, value in gradients_of(stock, setting, torch.bfloat16).items()}
+    found = gradients_of(stock, setting, torch.bfloat16) if wants_gradient else {}
+    gradient = {name: value.cpu() for name, value in found.items()}
+    del found
     optimizer = torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad], lr=1e-4)
     measure_launched(setting, "diffusers + PEFT, checkpointing", stock, optimizer)
     return gradient
@@ -217,7 +226,8 @@ def measure_resident(setting: Setting, ours: Ours, gradient: dict[str, Tensor]) 
     """Ours in bf16: the table, and three ways of checkpointing."""
     ours.checkpoint("full")
     ours.tabulate()
-    ours.compare("LoRA gradient, ours against diffusers + PEFT, relative difference", gradient)
+    if gradient:
+        ours.compare("LoRA gradient, ours against diffusers + PEFT, relative difference", gradient)
     for mode in setting.modes:
         ours.measure(mode, "bf16")
 
@@ -227,12 +237,33 @@ def measure_eight_bits(setting: Setting, ours: Ours, kind: str) -> None:
     ours.checkpoint("full")
     if ours.table is None:
         ours.tabulate()
-    if not ours.gradient:
-        ours.compare("", {})
     quantize_(ours.model, kind)
     release()
-    ours.compare(f"LoRA gradient, ours {kind} against ours bf16, relative difference", ours.gradient)
     ours.measure("full", kind)
+
+
+def measure_trainer(setting: Setting) -> None:
+    """The whole trainer on four emoji with the small model inside the package, 64x64."""
+    folder = Path(__file__).parents[1] / "examples" / "datasets" / "emoji"
+    with TemporaryDirectory() as place:
+        four = (folder / "metadata.csv").read_text(encoding="utf-8").splitlines()[:5]
+        (Path(place) / "four.csv").write_text("\n".join(four), encoding="utf-8")
+        config = TrainConfig(
+            dataset_base_path=str(folder),
+            dataset_metadata_path=str(Path(place) / "four.csv"),
+            lora_base_model="dit",
+            lora_rank=8,
+            height=64,
+            width=64,
+            max_steps=20,
+            output_path=str(Path(place) / "run"),
+        )
+        train(config)
+        log = read_log(Path(config.output_path) / "log.csv")
+    case = "trainer, small model, 4 emoji of 64x64, rank 8, batch 1"
+    setting.note(f"{case}, a step", statistics.median(record.seconds for record in log[-8:]) * 1000, "ms")
+    setting.note(f"{case}, loss of the first 4 steps", statistics.mean(r.loss for r in log[:4]), "")
+    setting.note(f"{case}, loss of the last 4 steps", statistics.mean(r.loss for r in log[-4:]), "")
 
 
 def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
@@ -248,14 +279,13 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
         unit=unit_bytes(ours.model, [(setting.side, setting.side)], 1, torch.bfloat16),
         trained_bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
+    if hasattr(torch.cuda.memory, "_set_allocator_settings"):  # as PYTORCH_CUDA_ALLOC_CONF does
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     started = time.perf_counter()
     plan = stream(ours.model, device=setting.device, vram_limit=budget, on_call=())
     release()
     setting.note(setting.label(f"{name}: placed in"), time.perf_counter() - started, "s")
     setting.note(setting.label(f"{name}: streamed twice a step"), plan.streamed_bytes / GIB, "GiB")
-    if setting.device.type == "cuda":
-        total = torch.cuda.get_device_properties(setting.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(setting.vram_limit * GIB / total)
     ours.measure("full", f"{name} within {setting.vram_limit:g} GB")
 
 

@@ -138,16 +138,22 @@ class StepGraphs:
         device = self._parameters[0].device
         static = batch.map(lambda tensor: tensor.to(device, copy=True))
         _set_gradients(self._parameters, [None] * len(self._parameters))
+        if self._pool is None and not has_room(device):
+            self._give_up("there is too little free device memory for a step's activations beside the others")
+            return None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             return self._capture(static)
         except torch.OutOfMemoryError:
-            logger.warning("Device memory is too small to record steps: they are launched kernel by kernel.")
-            self.given_up = True
-            self._graphs.clear()
+            self._give_up("device memory ran out")
             return None
         finally:
             _set_gradients(self._parameters, [None] * len(self._parameters))
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("Steps are launched kernel by kernel and not recorded, since %s.", reason)
+        self.given_up = True
+        self._graphs.clear()
 
     def _capture(self, static: Batch) -> Recorded:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -172,6 +178,18 @@ class StepGraphs:
             grads=grads,
             kept=list(self._kept(static)),
         )
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether a recording will find memory: asked before, since one that fails leaves memory behind.
+
+    It needs what steps have needed so far on top of what stays, and some more for other sizes of pieces.
+    """
+    torch.cuda.empty_cache()
+    needed = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    return min(free, allowed) >= 1.15 * needed
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:

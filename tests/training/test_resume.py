@@ -80,10 +80,11 @@ def test_short_runs_resume(workplace, kind):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_and_equal_one(workplace):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_resume_and_equal_one(workplace, dtype):
     """Two processes are one with accumulation, up to the order of additions; and they resume bit for bit."""
-    settings = {**RUN, "max_steps": 80, "lora_dropout": 0.0}
-    train(config(output_path="one", **settings))
+    settings = {**RUN, "max_steps": 80, "lora_dropout": 0.0, "dtype": dtype}
     pair = {**settings, "gradient_accumulation_steps": 1}
     assert start(processes=2, output_path="whole", **pair).wait(timeout=300) == 0
     process = start(processes=2, output_path="out", **pair)
@@ -93,6 +94,9 @@ def test_two_processes_resume_and_equal_one(workplace):
     assert read_log(Path("out/log.csv"))[-1].step < 80
     assert start(processes=2, output_path="out", resume_from="latest", **pair).wait(timeout=300) == 0
     assert_same_runs("whole", "out", steps=80)
+    if dtype == "bfloat16":  # sums in another order are another rounding, and 80 steps of Adam spread it
+        return
+    train(config(output_path="one", **settings))
     for one, two in zip(read_log(Path("one/log.csv")), read_log(Path("whole/log.csv")), strict=True):
         assert one.loss == pytest.approx(two.loss, rel=1e-4), one.step  # sums in another order, 80 steps
     final = load_file("one/step-80.safetensors"), load_file("whole/step-80.safetensors")
