@@ -54,10 +54,8 @@ def compare(ours: QwenImageTransformer2DModel, side: int, steps: int, note: Call
     graphs.mode = "off"
     run(ours, side, 3)  # kernels are compiled
     expected, launched, _ = run(ours, side, steps)
-    before = _reserved()
     graphs.mode = "auto"
     _, _, first = run(ours, side, steps)
-    held = _reserved() - before
     number = graphs.number
     totals: dict[str, list[float]] = {"launched": [], "graphs": []}
     times: dict[str, list[float]] = {"launched": launched, "graphs": []}
@@ -72,12 +70,14 @@ def compare(ours: QwenImageTransformer2DModel, side: int, steps: int, note: Call
             equal = torch.equal(got, expected)
             note(f"{side}x{side} with guidance, graphs bit-equal to launches (1 = yes)", float(equal), "")
     note(f"{side}x{side} with guidance, graphs recorded", number, "")
-    note(f"{side}x{side} with guidance, memory held by graphs", held / GIB, "GiB")
     for name in times:
         note(f"{side}x{side} with guidance, step, {name}", statistics.median(times[name]), "ms")
         note(f"{side}x{side} with guidance, {steps} steps, {name}", statistics.median(totals[name]), "ms")
     note(f"{side}x{side} with guidance, {steps} steps, the run that measures and records", first, "ms")
+    before = _emptied()
     graphs.release()
+    held = before - _emptied()
+    note(f"{side}x{side} with guidance, memory held by graphs", held / GIB, "GiB")
 
 
 def run(ours: QwenImageTransformer2DModel, side: int, steps: int) -> tuple[Tensor, list[float], float]:
@@ -128,8 +128,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reserved() -> int:
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+def _emptied() -> int:
+    """Bytes reserved on the device beside what can be given back."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 if __name__ == "__main__":

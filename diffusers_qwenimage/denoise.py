@@ -29,12 +29,14 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
-from .graphs import ModelCall, forward, graphs_of
+from .graphs import ModelCall, forward, graphs_of, signature_of
+from .kernels import backend
 from .prompt import pad
 from .rotary import ImageShape
 from .step_cache import Forecast, ForecastCache
 from .transformer import QwenImageTransformer2DModel
 
+FEWEST_STEPS_TO_TABULATE = 4
 PromptEmbeds = Sequence[Tensor]  # one tensor [T_i, joint_attention_dim] per picture
 
 
@@ -163,10 +165,9 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
     sigmas = inputs.timesteps.to(dtype) / 1000
     kind = inputs.additional_t_cond
     table = None
-    if ours and model.modulation_is_offloaded:
+    if ours and (model.modulation_is_offloaded or _pays_to_tabulate(model, len(sigmas))):
         one_kind = None if kind is None else kind[:1]
         table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
-
     graphs = graphs_of(model) if ours and model is transformer else None
 
     def call(index: int, tokens: Tensor, text: PromptEmbeds, residuals: Sequence[Tensor] | None) -> Tensor:
@@ -220,6 +221,17 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
         )
 
     return predict
+
+
+def _pays_to_tabulate(model: QwenImageTransformer2DModel, num_steps: int) -> bool:
+    """Whether the modulation is computed for all steps at once though its weights are at hand.
+
+    A step reads a third of all weights for it, and all steps at once as much, launched on their own.
+    """
+    weight = model.img_in.weight
+    if num_steps < FEWEST_STEPS_TO_TABULATE or backend(weight.device).name == "off":
+        return False
+    return signature_of(model) is not None  # no hooks that move weights when a block is called
 
 
 class _Branches:

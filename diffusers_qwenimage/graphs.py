@@ -28,6 +28,7 @@ from .hooked import is_hooked, is_idle_dropout
 from .kernels import backend
 from .prompt import pad
 from .rotary import ImageShape
+from .streams import join_recorded
 from .transformer import Modulation
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ MAX_GRAPHS = 4
 # Share of a step after which launching counts as what takes the time. A GPU that is behind its processor is
 # done long after the last launch; one that waits for launches is done right after it.
 LAUNCH_BOUND = 0.85
+# Values that a forward holds at a time for each token, in units of the model's width: q, k, v, attention, the
+# MLP's four, what goes in and comes out of each; rounded up.
+TOKEN_WIDTHS = 16
 
 Replay = Callable[[], object]
 Run = Callable[[], Tensor]
@@ -179,12 +183,12 @@ class Graphs:
 
     def release(self) -> None:
         """Free all graphs and their memory, and measure and record anew from the next call on."""
-        had = bool(self._graphs)
+        held_memory = self._pool is not None
         self._graphs.clear()
         self._warm.clear()
         self._launch_bound.clear()
         self._signature, self._pool, self.given_up = None, None, None
-        if had and torch.cuda.is_available():
+        if held_memory:
             torch.cuda.empty_cache()
 
     def give_up(self, reason: str) -> None:
@@ -267,6 +271,9 @@ class Graphs:
     def _new(self, model: nn.Module, call: ModelCall) -> "_Recorded | None":
         device = call.hidden_states.device
         if self._pool is None and device.type == "cuda":
+            if reason := _too_little_memory(model, call):
+                self.give_up(reason)
+                return None
             self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False):  # copied into by later calls, inside and outside of that mode
             fixed = [tensor.clone(memory_format=torch.contiguous_format) for tensor in call.tensors()]
@@ -363,8 +370,29 @@ def _capture(run: Run, device: torch.device, pool: Any) -> tuple[Replay, Tensor]
     with torch.cuda.device(device):
         # Other threads may load or free something meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = run()
+            try:
+                result = run()
+            except RuntimeError:
+                join_recorded()
+                raise
     return graph.replay, result
+
+
+def _too_little_memory(model: Any, call: ModelCall) -> str | None:
+    """Why a graph of `call` would not find memory; None if it would.
+
+    Asked before, since an allocation that fails in a recording can leave its memory behind.
+    """
+    device = call.hidden_states.device
+    num_tokens = call.hidden_states.shape[:2].numel() + sum(sample.shape[0] for sample in call.text)
+    needed = TOKEN_WIDTHS * num_tokens * model.inner_dim * call.hidden_states.element_size()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    room = min(free, allowed)
+    if room >= 1.5 * needed:
+        return None
+    return f"a graph needs about {needed / 2**30:.2f} GiB and {max(room, 0) / 2**30:.2f} are free"
 
 
 def _launching(run: Run, device: torch.device) -> tuple[Tensor, float]:

@@ -38,6 +38,14 @@ class Side:
         """Let the stream that was left at entering wait for the work."""
         self._outer.wait_event(self._left)
 
+    def join_recorded(self) -> None:
+        """See the function."""
+        current = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            is_recorded = torch.cuda.is_current_stream_capturing()
+        if is_recorded:
+            current.wait_stream(self._stream)
+
 
 class NoSide:
     """The same on the current stream: one thing after the other."""
@@ -69,3 +77,12 @@ def side_of(device: torch.device, purpose: str, *, wanted: bool) -> Side | NoSid
     if side is None:
         side = sides[key] = Side(device)
     return side
+
+
+def join_recorded() -> None:
+    """After an error in the recording of a graph: let the current stream wait for this thread's side streams
+    that belong to it, without which the recording cannot be ended."""
+    sides: dict[tuple[int, str], Side] = _of_thread.__dict__.get("sides", {})
+    for (index, _), side in sides.items():
+        if index == torch.cuda.current_device():
+            side.join_recorded()

@@ -277,8 +277,10 @@ class QwenImageTransformer2DModel(
     ) -> ModulationTable:
         """Compute the modulation of all blocks for the timesteps of a schedule.
 
-        Row by row, so that each entry equals what the blocks compute themselves, bit for bit. Weights that
-        are elsewhere (`offload_modulation`) visit the device one block at a time.
+        On the plain path row by row, so that each entry equals what the blocks compute themselves, bit for
+        bit. On the fused path all timesteps at once, which reads the weights once; products of another shape
+        may round differently. Weights that are elsewhere (`offload_modulation`) visit the device one block
+        at a time.
 
         Args:
             sigmas: [S], in [0, 1].
@@ -292,10 +294,16 @@ class QwenImageTransformer2DModel(
         ]
         image, text = [], []
         of_blocks = [nn.ModuleList([block.img_mod, block.txt_mod]) for block in self._blocks()]
+        all_regions_SRD = torch.cat([regions for _, regions in embedded])
+        all_temb_SD = torch.cat([temb for temb, _ in embedded])
+        at_once = backend(device).name != "off"
         for image_part, text_part in map(iter, passing(of_blocks, device)):
-            # One by one: a batch would be rounded differently.
-            image.append(torch.stack([image_part(regions[0]) for _, regions in embedded]))
-            text.append(torch.cat([text_part(temb) for temb, _ in embedded]))
+            if at_once:
+                image.append(image_part(all_regions_SRD))
+                text.append(text_part(all_temb_SD))
+            else:
+                image.append(torch.stack([image_part(regions[0]) for _, regions in embedded]))
+                text.append(torch.cat([text_part(temb) for temb, _ in embedded]))
         return ModulationTable(image=torch.stack(image, dim=1), text=torch.stack(text, dim=1))
 
     def save_memory(self, enabled: bool = True) -> None:
