@@ -17,7 +17,7 @@ from results import RESULTS, record
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
-from diffusers_qwenimage.kernels import backend, few, matmul, norm, quantized, rope, set_backend
+from diffusers_qwenimage.kernels import backend, matmul, norm, quantized, rope, set_backend
 from diffusers_qwenimage.kernels.rows import Target
 
 WIDTH, HEADS, TEXT, IMAGE = 3072, 24, 128, 6889
@@ -200,38 +200,6 @@ def measure_attention(note: Callable[..., None]) -> None:
     note("attention on contiguous tensors", lambda: scaled_dot_product_attention(*copies), flop=flop)
 
 
-def measure_few(note: Callable[..., None]) -> None:
-    """The text stream's products: the vendor's, and the kernel for few tokens."""
-    few.most_tokens = 256
-    for inputs, outputs, with_gelu in (
-        (WIDTH, 3 * WIDTH, False),
-        (WIDTH, WIDTH, False),
-        (WIDTH, 4 * WIDTH, True),
-        (4 * WIDTH, WIDTH, False),
-    ):
-        x, weight, bias = random(TEXT, inputs), random(outputs, inputs) / inputs**0.5, random(outputs)
-        label = f"{TEXT} tokens, {inputs} to {outputs}{' with GELU' if with_gelu else ''}"
-        expected = few.few_linear_reference(x.float(), weight.float(), bias.float(), with_gelu)
-
-        def vendor(
-            x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias, gelu: bool = with_gelu
-        ) -> Tensor:
-            return matmul.linear_gelu(x, weight, bias) if gelu else torch.addmm(bias, x, weight.t())
-
-        note(f"{label}, vendor", vendor, values=outputs * inputs)
-        note(f"{label}, vendor without bias", lambda x=x, weight=weight: x @ weight.t())
-        usual = few.tiles_for(inputs, outputs)
-        for cut in (
-            usual,
-            usual._replace(columns=128, splits=2 * usual.splits),
-        ):
-            run = partial(few.few_linear, x, weight, bias, with_gelu=with_gelu, tiles=cut)
-            difference = float((run().float() - expected).norm() / expected.norm())
-            if not difference < 5e-3:
-                raise SystemExit(f"{label}, {cut}: {difference:.2e} from the reference")
-            note(f"{label}, {', '.join(f'{k} {v}' for k, v in cut._asdict().items())}", run)
-
-
 def measure_quantized(note: Callable[..., None]) -> None:
     """Quantising tokens, and products of 8 bits."""
     for dtype, rotation in ((torch.float8_e4m3fn, 0), (torch.int8, 256)):
@@ -260,7 +228,6 @@ MEASURES = {
     "rope": measure_rope,
     "matmul": measure_matmul,
     "attention": measure_attention,
-    "few": measure_few,
     "quantized": measure_quantized,
 }
 CASES = ("differences", *MEASURES)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusers_qwenimage import QwenImageTransformer2DModel, fused
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
-from diffusers_qwenimage.kernels import backend, few, set_backend, use_backend
+from diffusers_qwenimage.kernels import backend, set_backend, use_backend
 from diffusers_qwenimage.projections import fuse_
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
@@ -227,30 +227,11 @@ def compare_guidance(
 
 @torch.no_grad()
 def compare_table(ours: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]) -> None:
-    """The modulation computed in the forward and tabulated; then also the products of the text stream."""
+    """The forward with the modulation computed in it, and with it tabulated for the schedule."""
     one = inputs_of(ours, side)
-    tabulated = with_table(ours, one)
-
-    def run(*, beside: bool, most_tokens: int) -> object:
-        fused.text_beside_image, few.most_tokens = beside, most_tokens
-        result = tabulated()
-        fused.text_beside_image, few.most_tokens = usual
-        return result
-
-    usual = fused.text_beside_image, few.most_tokens
-    difference = relative(run(beside=True, most_tokens=256)[0], run(beside=True, most_tokens=0)[0])  # type: ignore[index]
-    note(
-        f"{side}x{side} forward, kernel for few tokens against the vendor's, relative difference",
-        difference,
-        "",
-    )
-    arms: Arms = {"modulation computed": lambda: ours(**one)}
-    for beside in (True, False):
-        for most, products in ((0, "the vendor's products"), (256, "the kernel for few tokens")):
-            label = f"modulation tabulated, text {'beside' if beside else 'before'} the image, {products}"
-            arms[label] = lambda beside=beside, most=most: run(beside=beside, most_tokens=most)
+    arms = {"computed": lambda: ours(**one), "tabulated": with_table(ours, one)}
     for name, figures in in_turn(arms, repeats).items():
-        note(f"{side}x{side} forward, ours, {name}", *figures)
+        note(f"{side}x{side} forward, ours, modulation {name}", *figures)
 
 
 @torch.no_grad()

@@ -76,9 +76,8 @@ def plan_of(block: Any, image: Tensor, text: Tensor, modulation: tuple[Tensor, T
     if torch.is_autocast_enabled(image.device.type):
         return None
     plan: Plan | None = block.plan
-    triton = backend(image.device).name == "triton"
-    if plan is None or not plan.holds(dtype, image.device, triton):
-        plan = block.plan = Plan(block, dtype, image.device, triton)
+    if plan is None or not plan.holds(dtype, image.device):
+        plan = block.plan = Plan(block, dtype, image.device)
         if plan.reason is not None:
             return None
     if not block.attn.is_laid_out:

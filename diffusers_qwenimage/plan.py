@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from .hooked import is_hooked, is_idle_dropout, is_plain_feed_forward
-from .kernels import few
 from .kernels.matmul import linear_gelu_now, linear_into
 from .kernels.quantized import dequantize, gelu_quantize, scaled_linear
 from .kernels.rows import Rows, Target
@@ -37,9 +36,8 @@ class Layer:
         target: how the layer wants its inputs quantised; None if it takes tokens.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, triton: bool) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
-        self._triton = triton
         self.target = target_of([module], device)
         self._is_stored = is_stored(module, device)
         self._parameters = module._parameters if self._is_stored or is_plain(module) else None
@@ -54,8 +52,6 @@ class Layer:
         weight, bias = dense
         if bias is None:
             return torch.mm(x, weight.t())
-        if self._triton and few.fits(x, weight):
-            return few.few_linear(x, weight, bias)
         return torch.addmm(bias, x, weight.t())
 
     def into(self, out: Tensor, x: Tensor | Rows) -> None:
@@ -75,8 +71,6 @@ class Layer:
         if dense is None or dense[1] is None:
             return gelu(self(x, dtype), approximate="tanh")
         assert isinstance(x, Tensor)
-        if triton and few.fits(x, dense[0]):
-            return few.few_linear(x, dense[0], dense[1], with_gelu=True)
         return linear_gelu_now(x, dense[0], dense[1], triton=triton)
 
     def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
@@ -99,9 +93,8 @@ class Trio:
         target: as in `Layer`.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device, triton: bool) -> None:
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self._modules = modules
-        self._triton = triton
         self.target = target_of(modules, device)
         self._is_stored = all(is_stored(module, device) for module in modules)
         quantized = self.target is not None or self._is_stored
@@ -124,10 +117,7 @@ class Trio:
             return
         if scale is not None:
             weight = dequantize(weight, scale, out.dtype, cast(QuantizedLinear, self._modules[0]).rotation)
-        if self._triton and few.fits(x, weight):
-            few.few_linear(x, weight, bias, out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
+        torch.addmm(bias, x, weight.t(), out=out)
 
     def _one_by_one(self, out: Tensor, x: Tensor | Rows) -> None:
         if not isinstance(x, Rows):
@@ -164,11 +154,11 @@ class Trio:
 class Mlp:
     """Two linear layers with GELU between them; see `is_plain_feed_forward`."""
 
-    def __init__(self, module: FeedForward, device: torch.device, triton: bool) -> None:
+    def __init__(self, module: FeedForward, device: torch.device) -> None:
         first, _, last = cast(nn.ModuleList, module.net)
         self._device = device
-        self._up = Layer(cast(GELU, first).proj, device, triton)
-        self._down = Layer(last, device, triton)
+        self._up = Layer(cast(GELU, first).proj, device)
+        self._down = Layer(last, device)
         self.target = self._up.target
 
     def __call__(
@@ -203,25 +193,23 @@ class Plan:
         attended_target: how both output projections want the attention quantised, if both do.
     """
 
-    def __init__(self, block: Any, dtype: torch.dtype, device: torch.device, triton: bool) -> None:
-        self._made_for = dtype, device, triton
+    def __init__(self, block: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self._made_for = dtype, device
         self.reason = _why_not(block, dtype)
         if self.reason is not None:
             return
         attn = block.attn
         self._watch(block)
-        self.image_qkv = Trio([attn.to_q, attn.to_k, attn.to_v], device, triton)
-        self.text_qkv = Trio([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], device, triton)
-        self.image_out = Layer(attn.to_out[0], device, triton)
-        self.text_out = Layer(attn.to_add_out, device, triton)
-        self.image_mlp = Mlp(block.img_mlp, device, triton)
-        self.text_mlp = Mlp(block.txt_mlp, device, triton)
+        self.image_qkv = Trio([attn.to_q, attn.to_k, attn.to_v], device)
+        self.text_qkv = Trio([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], device)
+        self.image_out, self.text_out = Layer(attn.to_out[0], device), Layer(attn.to_add_out, device)
+        self.image_mlp, self.text_mlp = Mlp(block.img_mlp, device), Mlp(block.txt_mlp, device)
         same = self.image_out.target == self.text_out.target
         self.attended_target = self.image_out.target if same else None
 
-    def holds(self, dtype: torch.dtype, device: torch.device, triton: bool) -> bool:
-        """Whether it is still true, for tokens of this type on this device and these kernels."""
-        if self.reason is not None or (dtype, device, triton) != self._made_for:
+    def holds(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it is still true, for tokens of this type on this device."""
+        if self.reason is not None or (dtype, device) != self._made_for:
             return False
         return not any(self._hooks) and list(map(dict.get, self._stores, self._names)) == self._values
 

@@ -224,7 +224,7 @@ def test_feed_forward():
     module, x = FeedForward(48, activation_fn="gelu-approximate").to(DEVICE).eval(), random(5, 48)
 
     def mlp():
-        return plan.Mlp(module, x.device, False)(x, x.dtype, triton=False)
+        return plan.Mlp(module, x.device)(x, x.dtype, triton=False)
 
     assert is_plain_feed_forward(module)
     with torch.no_grad():
