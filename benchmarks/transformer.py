@@ -183,27 +183,42 @@ def measure_error(device: str, note: Callable[..., None], *, blocks: int = 6, si
 
 @torch.no_grad()
 def compare_forward(
-    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
+    ours: torch.nn.Module,
+    stock: torch.nn.Module,
+    side: int,
+    repeats: int,
+    note: Callable[..., None],
+    *,
+    with_plain: bool = True,
 ) -> None:
     """One forward of one picture."""
     one = inputs_of(ours, side)
-    expected, got = stock(**one)[0], ours(**one)[0]
+    tabulated = with_table(ours, one)
+    expected, got = stock(**one)[0], tabulated()[0]
     note(f"{side}x{side} forward, ours against diffusers, relative difference", relative(got, expected), "")
-    with use_backend("off"):
-        equal = torch.equal(expected, ours(**one)[0])
-    note(f"{side}x{side} forward, plain path bit-equal to diffusers (1 = yes)", float(equal), "")
-    arms = {
+    arms: Arms = {
         "diffusers": lambda: stock(**one),
         "ours": lambda: ours(**one),
-        "ours, plain path": plain(ours, one),
+        "ours, modulation tabulated": tabulated,
     }
+    if with_plain:
+        with use_backend("off"):
+            equal = torch.equal(expected, ours(**one)[0])
+        note(f"{side}x{side} forward, plain path bit-equal to diffusers (1 = yes)", float(equal), "")
+        arms["ours, plain path"] = plain(ours, one)
     for name, figures in in_turn(arms, repeats).items():
         note(f"{side}x{side} forward, {name}", *figures)
 
 
 @torch.no_grad()
 def compare_guidance(
-    ours: torch.nn.Module, stock: torch.nn.Module, side: int, repeats: int, note: Callable[..., None]
+    ours: torch.nn.Module,
+    stock: torch.nn.Module,
+    side: int,
+    repeats: int,
+    note: Callable[..., None],
+    *,
+    with_plain: bool = True,
 ) -> None:
     """One step with guidance: diffusers' two forwards against one packed pass."""
     one = inputs_of(ours, side)
@@ -212,15 +227,17 @@ def compare_guidance(
     def separate() -> Tensor:
         return torch.cat([stock(**one)[0], stock(**second)[0]])
 
-    difference = relative(ours(**packed)[0], separate())
+    tabulated = with_table(ours, packed)
+    difference = relative(tabulated()[0], separate())
     note(
         f"{side}x{side} packed guidance against diffusers' two forwards, relative difference", difference, ""
     )
     arms = {
         "diffusers (two forwards)": separate,
-        "ours (packed)": lambda: ours(**packed),
-        "ours, plain path (packed)": plain(ours, packed),
+        "ours (packed, modulation tabulated)": tabulated,
     }
+    if with_plain:
+        arms["ours, plain path (packed)"] = plain(ours, packed)
     for name, figures in in_turn(arms, repeats).items():
         note(f"{side}x{side} step with guidance, {name}", *figures)
 
@@ -247,7 +264,7 @@ def compare_unequal_batch(
     masked = {**padded, "encoder_hidden_states_mask": mask}
     difference = relative(ours(**packed)[0], stock(**masked)[0])
     note(f"{side}x{side} unequal prompts, packed against masked, relative difference", difference, "")
-    arms = {"diffusers (mask)": lambda: stock(**masked), "ours (packed)": lambda: ours(**packed)}
+    arms = {"diffusers (mask)": lambda: stock(**masked), "ours (packed)": with_table(ours, packed)}
     for name, figures in in_turn(arms, repeats).items():
         note(f"{side}x{side} batch of 2 unequal prompts, {name}", *figures)
 
@@ -400,8 +417,9 @@ def measure_modulation(
 
 
 def with_table(model: torch.nn.Module, inputs: dict[str, object]) -> Callable[[], object]:
-    """A forward whose modulation was tabulated before, as in the pipelines."""
-    table = model.tabulate_modulation(inputs["timestep"], dtype=torch.bfloat16)  # type: ignore[operator]
+    """A forward whose modulation was tabulated before, as in the pipelines; all samples at one timestep."""
+    sigma = inputs["timestep"][:1]  # type: ignore[index]
+    table = model.tabulate_modulation(sigma, dtype=torch.bfloat16)  # type: ignore[operator]
     return lambda: model(**inputs, modulation=table.at(0))
 
 

@@ -108,13 +108,11 @@ def project_three_into(out: Tensor, x: Tensor, modules: Sequence[nn.Module]) -> 
     """Write queries, keys and values of `x` [N, I] side by side into `out` [N, 3 O]."""
     opened = [open_linear(module, x) for module in modules]
     layers = [layer for layer in opened if layer is not None]
-    together = _together(layers) if len(layers) == len(modules) else None
     columns = out.chunk(len(modules), dim=1)
-    if together is None:
+    if len(layers) < len(modules) or not _base_into(out, x, layers):
         for column, module in zip(columns, modules, strict=True):
             project_into(column, x, module)
         return
-    linear_into(out, x, *together)
     downs = [update.down for layer in layers for update in layer.updates]
     if not downs:
         return
@@ -177,18 +175,28 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def _together(layers: Sequence[OpenLinear]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of several layers as one, if they share a storage and are not quantised."""
-    if any(layer.quantized for layer in layers):
-        return None
+def _base_into(out: Tensor, x: Tensor, layers: Sequence[OpenLinear]) -> bool:
+    """Write several layers, without their updates, as one product, if their tensors lie behind each other."""
     weight = joined([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    if weight is None or len(biases) not in (0, len(layers)):
-        return None
-    if not biases:
-        return weight, None
-    bias = joined(biases)
-    return None if bias is None else (weight, bias)
+    bias = joined(biases) if biases else None
+    if weight is None or len(biases) not in (0, len(layers)) or (biases and bias is None):
+        return False
+    quantized = [layer.quantized for layer in layers if layer.quantized is not None]
+    if not quantized:
+        linear_into(out, x, weight, bias)
+        return True
+    scale = joined([layer.weight_scale for layer in quantized])
+    if len(quantized) < len(layers) or scale is None or len({layer.kind for layer in quantized}) > 1:
+        return False
+    from .kernels.quantized import dequantize, quantize_rows, scaled_linear  # here, since it imports Triton
+
+    target = quantized[0].target(x.device)
+    if target is None:
+        linear_into(out, x, dequantize(weight, scale, x.dtype, quantized[0].rotation), bias)
+    else:
+        scaled_linear(quantize_rows(x, target), weight, scale, bias, x.dtype, out)
+    return True
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def test_adapters_on_fused_weights_stay_one_product():
     module.to_q, module.to_v = lora(module.to_q, seed=1), lora(module.to_v, seed=2)
     x, out = random(5, 48), torch.empty(5, 96, device=DEVICE)
     layers = [projections.open_linear(part, x) for part in module.parts()]
-    assert projections._together(layers) is not None
+    assert projections._base_into(out, x, layers)
     assert projections.fuse_(module.requires_grad_(False)) == 1
     with torch.no_grad():
         projections.project_three_into(out, x, module.parts())

@@ -11,7 +11,8 @@ logger = logging.getLogger(__name__)
 
 # Layers outside the blocks are a hundredth of the weights and all of the latents pass through them.
 OUTSIDE_BLOCKS = ("time_text_embed", "txt_norm", "img_in", "txt_in", "norm_out", "proj_out")
-# The modulation is the same for all tokens, so its error does not average out; the pipelines tabulate it.
+# The pipelines tabulate the modulation and need not have its weights on the device: 8 bits would save nothing
+# there. They would cost nothing either (benchmarks/quantization.py): skip=OUTSIDE_BLOCKS takes them too.
 MODULATION = ("img_mod", "txt_mod")
 SKIPPED = (*OUTSIDE_BLOCKS, *MODULATION)
 
