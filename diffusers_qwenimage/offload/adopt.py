@@ -151,6 +151,8 @@ class _Adoption:
         self._prepare()
         self._rotations = scaled.rotations
         factors = dict(Checkpoint(tensors=scaled.scales, metadata={}).read())
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # who had the slabs' memory before is done with it
         in_order = sorted(scaled.weights.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
         with ThreadPoolExecutor(READERS if self._device.type == "cuda" else 1) as pool:
             jobs = [
