@@ -3,9 +3,9 @@
     python benchmarks/end_to_end.py [--cases 1328:8 512:8] [--arms ...] [--device cuda] [--results FILE]
 
 True-size transformer and autoencoder; 128 tokens of prompt, 10 of negative prompt, guidance. Text encoding is
-left out: it is the same model for all. Arms run in turn (A B C C B A) in one process. "first picture" is an
-arm's first call, with all that it compiles, tries out and records (Triton's cache starts empty); figures
-without that word are of later calls: median, and the range of them. Step caches are not compared here: what
+left out: it is the same model for all. Each arm makes a first picture, with all that it compiles, tries out
+and records (Triton's cache starts empty), and a second; then arms run in turn (A B C C B A) in one process:
+median, and the range. Step caches are not compared here: what
 they decide on random weights means nothing (benchmarks/step_reduction.py). 65 GB of device memory with fp8.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
         "--cases", nargs="+", default=["1328:8", "512:8"], metavar="SIDE:STEPS", help="pictures to make"
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(EXACT), help="what to compare")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A (1)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A (1), or none")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--base-dim", type=int, default=96, help="channels of the autoencoder (96)")
     parser.add_argument("--device", default="cuda", help="device to measure on (cuda)")
@@ -115,8 +115,9 @@ def compare(pipes: dict[str, Any], side: int, steps: int, args: argparse.Namespa
 
     pictures = {}
     for name, pipe in pipes.items():
-        seconds, peak, pictures[name] = picture(pipe, side, steps, args.device)
-        note(f"{name}: first picture", seconds, "s", peak)
+        for which in ("first", "second"):
+            seconds, peak, pictures[name] = picture(pipe, side, steps, args.device)
+            note(f"{name}: {which} picture", seconds, "s", peak)
     times: dict[str, list[float]] = {name: [] for name in pipes}
     peaks: dict[str, float | None] = {}
     for name in [*pipes, *reversed(pipes)] * args.rounds:
@@ -124,8 +125,9 @@ def compare(pipes: dict[str, Any], side: int, steps: int, args: argparse.Namespa
         times[name].append(seconds)
     reference = pictures[next(iter(pipes))].astype(np.float64)
     for name, measured in times.items():
-        note(f"{name}: picture", statistics.median(measured), "s", peaks[name])
-        print(f"    {min(measured):.3f} to {max(measured):.3f} s", flush=True)
+        if measured:
+            note(f"{name}: picture", statistics.median(measured), "s", peaks[name])
+            print(f"    {min(measured):.3f} to {max(measured):.3f} s", flush=True)
         if name != next(iter(pipes)):
             error = max(((pictures[name] - reference) ** 2).mean(), 1e-9)
             note(f"{name}: PSNR to {next(iter(pipes))}", float(10 * np.log10(255**2 / error)), "dB")

@@ -4,6 +4,7 @@ from components import random, scheduler, transformers
 from diffusers import FirstBlockCacheConfig
 
 from diffusers_qwenimage.denoise import Control, DenoiseInputs, KeepRegion, denoise, guide
+from diffusers_qwenimage.kernels import use_backend
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 ROUNDING = 2e-6  # a packed batch adds in another order
@@ -58,6 +59,32 @@ def test_offloaded_modulation_gives_the_same_latents():
     visited, _ = transformers()
     visited.offload_modulation("cpu")
     assert torch.equal(run(visited), expected)
+
+
+@pytest.mark.parametrize(("steps", "tables"), [(3, 0), (6, 1)])
+def test_fused_path_tabulates_the_modulation_of_many_steps(monkeypatch, steps, tables):
+    ours, _ = transformers()
+    expected = run(ours, steps=steps)
+    made = []
+    tabulate = type(ours).tabulate_modulation
+
+    def counted(self, sigmas, **arguments):
+        made.append(len(sigmas))
+        return tabulate(self, sigmas, **arguments)
+
+    monkeypatch.setattr(type(ours), "tabulate_modulation", counted)
+    with use_backend("reference"):
+        assert (run(ours, steps=steps) - expected).abs().max() < 10 * ROUNDING
+    assert made == [steps] * tables
+
+
+def test_modulation_is_not_tabulated_where_hooks_move_weights(monkeypatch):
+    ours, _ = transformers()
+    device = torch.device("cpu")
+    ours.enable_group_offload(device, device, offload_type="leaf_level")
+    monkeypatch.setattr(type(ours), "tabulate_modulation", None)
+    with use_backend("reference"):
+        run(ours, steps=6)
 
 
 def test_negative_none_is_no_guidance():
