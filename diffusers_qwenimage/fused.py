@@ -36,7 +36,7 @@ from .kernels.norm import attention_norm, mlp_add, mlp_norm
 from .kernels.quantized import quantize_rows
 from .kernels.rope import norm_rotate_into
 from .kernels.rows import Rows, Target
-from .plan import Mlp, Plan, Trio
+from .plan import Plan, Trio
 from .projections import fuse_
 from .streams import NoSide, Side, side_of
 
@@ -133,7 +133,8 @@ def fused_block(
         text_attention = plan.text_out(text_attended, dtype)
         target = plan.text_mlp.target
         text, tokens = mlp_norm(text_BTD, text_attention, text_modulation, text_index, target, triton)
-        text = _mlp(text, tokens, plan.text_mlp, text_modulation, text_index, triton)
+        added = plan.text_mlp(tokens, dtype, triton=triton)
+        text = _added(text, added, text_modulation, text_index, triton)
     image_attention = torch.empty((batch * num_image, width), dtype=dtype, device=device)
     start = 0
     for sample, length in zip(attended, layout.text_lengths, strict=True):
@@ -144,7 +145,9 @@ def fused_block(
     target = plan.image_mlp.target
     image, tokens = mlp_norm(image_BLD, image_attention, image_modulation, image_index, target, triton)
     del image_attention
-    image = _mlp(image, tokens, plan.image_mlp, image_modulation, image_index, triton, block.mlp_rows)
+    added = plan.image_mlp(tokens, dtype, triton=triton, max_rows=block.mlp_rows)
+    del tokens
+    image = _added(image, added, image_modulation, image_index, triton)
     side.join()
     return image, text
 
@@ -287,18 +290,9 @@ def _text_of(attended: Sequence[Tokens], layout: Layout) -> Tokens:
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
-def _mlp(
-    tokens: Tensor,
-    normed: Tokens,
-    mlp: Mlp,
-    modulation: Tensor,
-    index: Tensor | None,
-    triton: bool,
-    max_rows: int | None = None,
-) -> Tensor:
-    """The MLP of one stream, of `normed` [N, D], added to its tokens."""
-    added = mlp(normed, tokens.dtype, triton=triton, max_rows=max_rows)
-    tokens = mlp_add(tokens, added, modulation, index, triton)
+def _added(tokens: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, triton: bool) -> Tensor:
+    """The tokens of one stream after its MLP gave `y` [N, D]."""
+    tokens = mlp_add(tokens, y, modulation, index, triton)
     if tokens.dtype == torch.float16:  # outliers of this model exceed fp16
         tokens = tokens.clip(-65504, 65504)
     return tokens
