@@ -165,10 +165,11 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
     sigmas = inputs.timesteps.to(dtype) / 1000
     kind = inputs.additional_t_cond
     table = None
-    if ours and (model.modulation_is_offloaded or _pays_to_tabulate(model, len(sigmas))):
+    is_plain = ours and model is transformer  # not compiled
+    if ours and (model.modulation_is_offloaded or (is_plain and _pays_to_tabulate(model, len(sigmas)))):
         one_kind = None if kind is None else kind[:1]
         table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
-    graphs = graphs_of(model) if ours and model is transformer else None
+    graphs = graphs_of(model) if is_plain else None
 
     def call(index: int, tokens: Tensor, text: PromptEmbeds, residuals: Sequence[Tensor] | None) -> Tensor:
         copies = len(text) // tokens.shape[0]  # 2 if both branches of the guidance go together
