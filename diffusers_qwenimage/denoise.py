@@ -166,7 +166,10 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
     kind = inputs.additional_t_cond
     table = None
     is_plain = ours and model is transformer  # not compiled
-    if ours and (model.modulation_is_offloaded or (is_plain and _pays_to_tabulate(model, len(sigmas)))):
+    is_one_kind = kind is None  # a table holds one
+    if ours and (
+        model.modulation_is_offloaded or (is_plain and is_one_kind and _pays_to_tabulate(model, len(sigmas)))
+    ):
         one_kind = None if kind is None else kind[:1]
         table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
     graphs = graphs_of(model) if is_plain else None
