@@ -13,6 +13,7 @@ from .plan import Placement
 from .ring import Unit
 from .survey import Group, Member
 
+FROM_DEVICE = 2  # blocks that leave the device at a time
 WORKERS = 8  # blocks that are copied to pinned memory at a time
 
 
@@ -58,6 +59,8 @@ def place_existing(
     with ThreadPoolExecutor(WORKERS if device.type == "cuda" else 1) as pool:
         jobs: list[Future[Any]] = []
         for block, resident, streamed in blocks:
+            if len(jobs) >= FROM_DEVICE and _on_device(streamed, device):
+                jobs[-FROM_DEVICE].result()  # else new slabs are made there before old ones go
             old = before.pop(block.name, None)
             if old is not None and _can_stay(old, streamed, placement):
                 jobs.append(pool.submit(_keep, old, progress))
@@ -68,6 +71,11 @@ def place_existing(
             _place_resident((*block.small, *resident), device, progress)
         units = [job.result() for job in jobs]
     return [unit for unit in units if unit is not None]
+
+
+def _on_device(groups: Sequence[Group], device: torch.device) -> bool:
+    on_device = any(member.tensor.device == device for group in groups for member in group)
+    return on_device and device.type == "cuda"
 
 
 def _keep(unit: Unit, progress: Progress) -> Unit:
