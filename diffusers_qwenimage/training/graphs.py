@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_qwenimage.kernels import backend
 from diffusers_qwenimage.offload.recording import recording, replaying
 
 from .batch import Batch
+from .config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +180,20 @@ class StepGraphs:
             grads=grads,
             kept=list(self._kept(static)),
         )
+
+
+def can_record(config: TrainConfig, device: torch.device, num_processes: int) -> bool:
+    """Whether steps can be CUDA graphs: one process, fused blocks, nothing that changes from step to step."""
+    return (
+        config.cuda_graphs
+        and device.type == "cuda"
+        and backend(device).name != "off"
+        and num_processes == 1
+        and config.gradient_accumulation_steps == 1
+        and config.trained_models == ("dit",)
+        and (config.is_lora and config.adapter == "lora" and config.lora_dropout == 0)
+        and config.checkpointing != "offload"
+    )
 
 
 def has_room(device: torch.device) -> bool:

@@ -133,6 +133,17 @@ def picture_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Seq
     return grid
 
 
+def describe(config: TrainConfig, *, base: str, device: str, images: int, steps: int, per_step: int) -> str:
+    """What a run trains, in one line."""
+    what = ", ".join(config.trained_models)
+    if config.is_lora:
+        what = f"a {config.adapter} of rank {config.lora_rank} for the {what}"
+    return (
+        f"Training {what} of {base} on {device} in {config.dtype}: {images} pictures, {steps} steps of "
+        f"{per_step}."
+    )
+
+
 def write_card(output: Path, config: TrainConfig, *, base: str, weights: str, step: int, images: int) -> None:
     """README.md of the output folder: what was trained, on what, with which settings, and how to load it."""
     kind = f"{config.adapter} of rank {config.lora_rank}" if config.is_lora else "fine-tuned model"

@@ -12,15 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from tqdm import tqdm
-
-from diffusers_qwenimage.kernels import backend
 
 from .batch import Batch
 from .cache import Encoders, TensorCache
@@ -28,17 +26,18 @@ from .checkpoints import State, bytes_of, check_space, find_start, load_state, s
 from .config import TrainConfig, comma_list
 from .data import Sample, inspect_rows
 from .feed import Feed
-from .graphs import StepGraphs
+from .graphs import StepGraphs, can_record
 from .guard import Guard
 from .hashing import digest_of
 from .held import Held, make_state
 from .in_backward import StepsInBackward
-from .logs import Record, RunLog, check_loggers, write_card
+from .logs import Record, RunLog, check_loggers, describe, write_card
 from .metadata import read_rows
 from .models import ModelFiles, find_models
 from .objective import Objective, flow_matching_loss
 from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer, set_learning_rate
 from .plan import Plan, Slot
+from .processes import on_main_first
 from .publish import check_login, publish
 from .randomness import Stream, seed_for
 from .sharding import give_back_, whole
@@ -55,7 +54,6 @@ from .trained import (
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 MODULATION_STEPS = 256  # for so many steps at a time the modulation is tabulated
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -95,7 +93,7 @@ def train(config: TrainConfig) -> Path:
     with stop_on_sigterm() as stop, output_lock(output, held_by_us=main):
         state_folder = find_start(config, output)
         files = find_models(config)
-        samples = _on_main_first(accelerator, lambda: inspect_rows(read_rows(config), config, progress=main))
+        samples = on_main_first(accelerator, lambda: inspect_rows(read_rows(config), config, progress=main))
         trainer = Trainer(config, accelerator, files, samples, stop)
         return trainer.run(None if state_folder is None else load_state(state_folder))
 
@@ -139,7 +137,16 @@ class Trainer:
     def run(self, state: State | None) -> Path:
         """Train from `state`, or from the start; returns the weights written last."""
         if self.accelerator.is_main_process:
-            tqdm.write(self.describe(), file=sys.stderr)
+            per_step = self.config.batch_size * self.config.gradient_accumulation_steps
+            text = describe(
+                self.config,
+                base=self.files.name,
+                device=str(self.accelerator.device),
+                images=len(self.samples),
+                steps=self.num_steps,
+                per_step=per_step * self.accelerator.num_processes,
+            )
+            tqdm.write(text, file=sys.stderr)
         self._fill_cache()
         if self._anyone_stopped():
             logger.warning("SIGTERM: stopped before the first step; what is cached is kept.")
@@ -180,18 +187,6 @@ class Trainer:
         progress.close()
         self._finish(last)
         return last
-
-    def describe(self) -> str:
-        """What is trained, in one line."""
-        config = self.config
-        what = ", ".join(config.trained_models)
-        if config.is_lora:
-            what = f"a {config.adapter} of rank {config.lora_rank} for the {what}"
-        per_step = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        return (
-            f"Training {what} of {self.files.name} on {self.accelerator.device} in {config.dtype}: "
-            f"{len(self.samples)} pictures, {self.num_steps} steps of {per_step}."
-        )
 
     # --- a step ---
 
@@ -341,7 +336,8 @@ class Trainer:
             *prepared, optimizer = self.accelerator.prepare(*modules.values(), optimizer)
             modules = dict(zip(modules, prepared, strict=True))
         self.modules, self.optimizer = modules, optimizer
-        if self._can_record():
+        device, num_processes = self.accelerator.device, self.accelerator.num_processes
+        if can_record(self.config, device, num_processes):
             self.graphs = StepGraphs(
                 loss=self._loss_of,
                 kept=self._kept_by,
@@ -352,20 +348,6 @@ class Trainer:
             )
         decay = self.config.ema_decay
         self.average = MovingAverage(decay, self.trained.parameters) if decay else None
-
-    def _can_record(self) -> bool:
-        """Whether steps can be CUDA graphs: one process, fused blocks, nothing that changes in between."""
-        config, device = self.config, self.accelerator.device
-        return (
-            config.cuda_graphs
-            and device.type == "cuda"
-            and backend(device).name != "off"
-            and self.accelerator.num_processes == 1
-            and config.gradient_accumulation_steps == 1
-            and config.trained_models == ("dit",)
-            and (config.is_lora and config.adapter == "lora" and config.lora_dropout == 0)
-            and config.checkpointing != "offload"
-        )
 
     def _kept_by(self, batch: Batch) -> Sequence[Tensor]:
         """The rotary tables of a batch, which the transformer keeps for a while only."""
@@ -489,19 +471,3 @@ class Trainer:
                     self.config.hub,
                     private=self.config.hub_private,
                 )
-
-
-def _on_main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Do `work` in the main process only; all get its result, or its error."""
-    result: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            result[0] = work()
-        except (ValueError, OSError) as error:
-            result[1] = error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    found: Result = result[0]
-    return found
