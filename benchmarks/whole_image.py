@@ -17,8 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from diffusers_qwenimage.loading import load_scheduler
 
 GIB = 2**30
 FOLDER = Path("/dev/shm/qwen-image-random")
-SHARD_BYTES = 4 * 10**9
-WRITERS = 6
+SHARD_BYTES = 2 * 10**9
+WRITERS = 16
 READERS = 8
 READ_BYTES = 64 * 2**20
 RANDOM_VALUES = 2**24 + 3  # odd, so that rows of a matrix differ
@@ -56,6 +56,7 @@ VISION_CONFIG = {
     "num_heads": 16,
 }
 TIMES = ("loading", "first step since loading began", "step", "decoding", "whole picture", "second picture")
+TOLD = "told: "
 PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(draw(args)))
+        draw(args, lambda *told: print(TOLD + json.dumps(told), flush=True))
         return
     folder = default_checkpoint() if args.tiny else args.folder
     if not args.tiny and not (folder / "model_index.json").is_file():
@@ -88,11 +89,11 @@ def main() -> None:
         write_model(folder, args.blocks, args.layers)
         print(f"model written in {time.perf_counter() - start:.1f} s", flush=True)
     try:
-        seconds, size = read_once(folder)
-        note(args, f"reading all {size / 1e9:.1f} GB of files once, {READERS} threads", seconds, "s")
         for weights in args.weights:
             for vram in args.vram:
                 measure(args, folder, vram, weights)
+        seconds, size = read_once(folder)
+        note(args, f"reading all {size / 1e9:.1f} GB of files once, {READERS} threads", seconds, "s")
     finally:
         if not args.keep and not args.tiny:
             shutil.rmtree(folder)
@@ -113,22 +114,22 @@ def measure(args: argparse.Namespace, folder: Path, vram: float, weights: str) -
     if args.second:
         command.append("--second")
     case = f"{args.side}x{args.side}, {args.steps} steps, {weights}, budget {vram:g} GiB"
+
+    def tell(name: str, value: float) -> None:
+        unit = "s" if name in TIMES else "GiB"
+        note(args, f"{case}: {name}", value if unit == "s" else value / GIB, unit)
+
     if args.inline:
         args.folder, args.vram, args.weights = folder, [vram], [weights]
-        got = draw(args)
-    else:
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stderr[-4000:], flush=True)
-        if done.returncode != 0:
-            print(f"{case}: failed with {done.returncode}", flush=True)
-            return
-        got = json.loads(done.stdout.splitlines()[-1])
-    peak = got["reserved"] / GIB if got["reserved"] else None
-    for name in TIMES:
-        if name in got:
-            note(args, f"{case}: {name}", got[name], "s", peak)
-    for name in ("reserved", "allocated", "device", "host peak", "host peak, anonymous", "pinned"):
-        note(args, f"{case}: {name}", got[name] / GIB, "GiB")
+        draw(args, tell)
+        return
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stderr[-4000:], flush=True)
+    for line in done.stdout.splitlines():
+        if line.startswith(TOLD):
+            tell(*json.loads(line.removeprefix(TOLD)))
+    if done.returncode != 0:
+        print(f"{case}: failed with {done.returncode}", flush=True)
 
 
 def note(args: argparse.Namespace, case: str, value: float, unit: str, peak: float | None = None) -> None:
@@ -136,8 +137,8 @@ def note(args: argparse.Namespace, case: str, value: float, unit: str, peak: flo
     record("whole_image", case, value, unit, peak_memory_gib=peak, path=args.results)
 
 
-def draw(args: argparse.Namespace) -> dict[str, float]:
-    """In the worker: load, draw twice, and say what it took, in seconds and bytes."""
+def draw(args: argparse.Namespace, tell: Callable[[str, float], None]) -> None:
+    """Load, draw, and tell what it took, in seconds and bytes, as soon as it is known."""
     from diffusers_qwenimage import QwenImagePipeline
     from diffusers_qwenimage.pipelines.needs import Demand
 
@@ -159,14 +160,16 @@ def draw(args: argparse.Namespace) -> dict[str, float]:
         device=args.device,
         demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
     )
-    loading = time.perf_counter() - start
-    print(pipe.memory_report(), file=sys.stderr)
+    tell("loading", time.perf_counter() - start)
+    print(pipe.memory_report(), file=sys.stderr, flush=True)
     times: list[float] = []
 
     def stamp(_: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        if len(times) == 1:
+            tell("first step since loading began", times[0] - start)
         return {}
 
     def call(seed: int) -> float:
@@ -185,29 +188,24 @@ def draw(args: argparse.Namespace) -> dict[str, float]:
 
     begin = time.perf_counter()
     end = call(0)
-    first, last = times[0], times[-1]
-    steps = max(len(times) - 1, 1)
-    more = {"second picture": call(1) - end} if args.second else {}
-    device_bytes = 0
+    tell("step", (times[-1] - times[0]) / max(len(times) - 1, 1))
+    tell("decoding", end - times[-1])
+    tell("whole picture", end - begin)
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
-        device_bytes = total - free - before
-    report = pipe.memory_report()
-    print(report, file=sys.stderr)
-    return {
-        "loading": loading,
-        "first step since loading began": first - start,
-        "step": (last - first) / steps,
-        "decoding": end - last,
-        "whole picture": end - begin,
-        **more,
-        "reserved": torch.cuda.max_memory_reserved() if on_gpu else 0,
-        "allocated": torch.cuda.max_memory_allocated() if on_gpu else 0,
-        "device": device_bytes,
-        "host peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "host peak, anonymous": host.stop(),
-        "pinned": report.pinned,
-    }
+        tell("peak, reserved by the allocator", torch.cuda.max_memory_reserved())
+        tell("peak, allocated", torch.cuda.max_memory_allocated())
+        tell("taken on the device afterwards, beside the context", total - free - before)
+    tell("peak of host memory, anonymous", host.stop())
+    tell(
+        "peak of host memory, mapped files included",
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+    tell("pinned", pipe.memory_report().pinned)
+    if args.second:
+        begin = time.perf_counter()
+        tell("second picture", call(1) - begin)
+    print(pipe.memory_report(), file=sys.stderr, flush=True)
 
 
 class HostWatch:
@@ -260,18 +258,20 @@ def write_model(folder: Path, blocks: int, layers: int) -> None:
     )
     text_encoder = empty_module(lambda: Qwen2_5_VLForConditionalGeneration(config))
     vae = AutoencoderKLQwenImage().to(torch.bfloat16)
-    parts: dict[str, tuple[Any, str]] = {
-        "transformer": (transformer, "diffusion_pytorch_model"),
-        "text_encoder": (text_encoder, "model"),
-    }
-    for name, (module, stem) in parts.items():
-        (folder / name).mkdir(parents=True)
-        shapes = {key: tuple(value.shape) for key, value in module.state_dict(keep_vars=True).items()}
-        write_shards(folder / name, stem, shapes)
-        if name == "transformer":
-            module.save_config(folder / name)
-        else:
-            config.save_pretrained(folder / name)
+    largest = max(math.prod(p.shape) for part in (transformer, text_encoder) for p in part.parameters())
+    values = random_bytes(largest)
+    for part in ("transformer", "text_encoder"):
+        (folder / part).mkdir(parents=True)
+    transformer.save_config(folder / "transformer")
+    config.save_pretrained(folder / "text_encoder")
+    with ThreadPoolExecutor(WRITERS) as pool:
+        jobs = [
+            *write_shards(
+                pool, folder / "transformer", "diffusion_pytorch_model", shapes(transformer), values
+            ),
+            *write_shards(pool, folder / "text_encoder", "model", shapes(text_encoder), values),
+        ]
+        wait(jobs)
     vae.save_pretrained(folder / "vae")
     load_scheduler().save_pretrained(folder / "scheduler")
     for part in ("tokenizer", "model_index.json"):
@@ -280,11 +280,22 @@ def write_model(folder: Path, blocks: int, layers: int) -> None:
         copy(source, folder / part)
 
 
-def write_shards(folder: Path, stem: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a state dict."""
+    return {key: tuple(value.shape) for key, value in module.state_dict(keep_vars=True).items()}
+
+
+def write_shards(
+    pool: ThreadPoolExecutor,
+    folder: Path,
+    stem: str,
+    sizes: Mapping[str, tuple[int, ...]],
+    values: memoryview,
+) -> list[Future[None]]:
     """Write tensors of these shapes, bf16, straight from memory that all of them share."""
     shards: list[list[str]] = [[]]
     size = 0
-    for key, shape in shapes.items():
+    for key, shape in sizes.items():
         num_bytes = 2 * math.prod(shape)
         if size + num_bytes > SHARD_BYTES:
             shards.append([])
@@ -292,8 +303,7 @@ def write_shards(folder: Path, stem: str, shapes: Mapping[str, tuple[int, ...]])
         shards[-1].append(key)
         size += num_bytes
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    values, ones = random_bytes(max(map(math.prod, shapes.values()))), ones_bytes()
-    sizes = dict(shapes)
+    ones = ones_bytes()
 
     def write(name: str, keys: Sequence[str]) -> None:
         with (folder / name).open("wb", buffering=0) as file:
@@ -304,11 +314,10 @@ def write_shards(folder: Path, stem: str, shapes: Mapping[str, tuple[int, ...]])
                 while view:
                     view = view[file.write(view) :]
 
-    with ThreadPoolExecutor(WRITERS) as pool:
-        wait(pool.submit(write, name, keys) for name, keys in zip(names, shards, strict=True))
     index = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     content = json.dumps({"metadata": {}, "weight_map": index})
     write_text(folder / f"{stem}.safetensors.index.json", content)
+    return [pool.submit(write, name, keys) for name, keys in zip(names, shards, strict=True)]
 
 
 def header(keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bytes:

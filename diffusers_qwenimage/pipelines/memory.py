@@ -38,7 +38,9 @@ class VramManagementMixin:
     ) -> MemoryReport:
         """Run within a budget of device memory: what does not fit streams from host memory as it is needed.
 
-        Pictures are the same, bit for bit. The VAE decodes in tiles if the budget asks for it, and says so.
+        Pictures are the same, bit for bit, but for two things that happen only if the budget asks for them:
+        the VAE works in tiles, and says so; and with the least budgets the branches of the guidance run one
+        after the other, which a GPU can round differently (the report says so).
         Quantise and fuse before, load LoRAs before or after. Call it again to change the budget.
 
         Args:
@@ -140,6 +142,7 @@ class VramManagementMixin:
             smallest=plan.smallest_bytes,
             pinned=plan.host_bytes,
             tile=None if plan.tile is None else plan.tile * ratio,
+            frugal=plan.frugal,
             seconds_per_step=seconds,
             seconds_resident=resident,
             rates=rates,

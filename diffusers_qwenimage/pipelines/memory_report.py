@@ -41,6 +41,7 @@ class MemoryReport:
         smallest: the smallest budget for such pictures.
         pinned: host memory that is pinned.
         tile: side of the VAE's tiles in picture pixels, None without tiles.
+        frugal: whether the branches of the guidance run one after the other, to save memory.
         seconds_per_step: estimated.
         seconds_resident: estimated, with all weights on the device.
         rates: what the estimates are from.
@@ -55,6 +56,7 @@ class MemoryReport:
     smallest: int
     pinned: int
     tile: int | None
+    frugal: bool
     seconds_per_step: float
     seconds_resident: float
     rates: Rates
@@ -82,6 +84,8 @@ class MemoryReport:
             lines.append(f"  measured peak  {_size(self.measured_peak)} of this process so far")
         if self.tile is not None:
             lines.append(f"  the VAE decodes in tiles of {self.tile}x{self.tile} pixels")
+        if self.frugal:
+            lines.append("  the branches of the guidance run one after the other, which takes less memory")
         rates = f"{self.rates.flops / 1e12:.3g} TFLOP/s and {self.rates.link / 1e9:.3g} GB/s"
         lines.append(
             f"  time per step  about {_time(self.seconds_per_step)} ({_time(self.seconds_resident)} with all "

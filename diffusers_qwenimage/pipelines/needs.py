@@ -17,6 +17,7 @@ from diffusers_qwenimage.denoise import DenoiseInputs
 
 # Measured: 14 (1328x1328) and 15 (1024x1024) with both branches of the guidance in one pass.
 DENOISE_WIDTHS = 15.5
+FRUGAL_WIDTHS = 11.0  # per token of one branch, with `transformer.save_memory()`
 # Measured: 21.2 at 1328x1328 for the decoder, in tensors of `base_dim` channels per picture pixel.
 DECODE_WIDTHS = 21.5
 BLEND_BYTES = 48  # per picture pixel of a tiled decode: sum and weights in fp32, and the result
@@ -91,13 +92,16 @@ def demand_of(inputs: DenoiseInputs) -> Demand:
     )
 
 
-def denoise_bytes(transformer: Any, demand: Demand, dtype: torch.dtype) -> int:
-    """Of a step: activations, and the table of the modulation."""
+def denoise_bytes(transformer: Any, demand: Demand, dtype: torch.dtype, *, frugal: bool = False) -> int:
+    """Of a step: activations, and the table of the modulation; `frugal`: with `save_memory()`."""
     config = transformer.config
     width: int = config.num_attention_heads * config.attention_head_dim
     table: int = demand.steps * config.num_layers * 12 * width * dtype.itemsize
-    activations = int(demand.tokens * width * dtype.itemsize * DENOISE_WIDTHS)
-    tabulating = table + 12 * width * width * dtype.itemsize  # stacked, while a block's weights visit
+    tokens, widths = demand.tokens, DENOISE_WIDTHS
+    if frugal:
+        tokens, widths = tokens // (2 if demand.guided else 1), FRUGAL_WIDTHS
+    activations = int(tokens * width * dtype.itemsize * widths)
+    tabulating = table + 24 * width * width * dtype.itemsize  # stacked, while weights of two blocks visit
     return max(activations, tabulating) + table + _workspace(activations)
 
 

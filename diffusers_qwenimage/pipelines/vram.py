@@ -105,9 +105,11 @@ class VramManager:
         for module in (self._parts().transformer, self._parts().text_encoder):
             if module is not None:
                 unstream(module, device=device)
-        vae = self._parts().vae
+        transformer, vae = self._parts().transformer, self._parts().vae
         if vae is not None:
             vae.to(device)
+        if hasattr(transformer, "save_memory"):
+            transformer.save_memory(False)
         self.plan = None
 
     @contextmanager
@@ -187,6 +189,8 @@ class VramManager:
         self._stream(parts.transformer, plan.transformer, "transformer")
         for module in (parts.text_encoder, parts.transformer):
             self._rest(module)
+        if hasattr(parts.transformer, "save_memory"):
+            parts.transformer.save_memory(plan.frugal)
         if parts.vae is not None:
             if plan.vae_stays:
                 parts.vae.to(self.device)

@@ -52,6 +52,7 @@ class PipelinePlan:
         adapter_bytes: of LoRA layers, on the device.
         denoise_bytes, encode_bytes, decode_bytes: beside the weights, in each of the moments.
         tile: side of a tile in latent pixels when the largest picture is decoded, None for no tiles.
+        frugal: whether the transformer saves memory, for time: `save_memory()`.
         smallest_bytes: the smallest budget that works for this demand.
     """
 
@@ -66,6 +67,7 @@ class PipelinePlan:
     encode_bytes: int
     decode_bytes: int
     tile: int | None
+    frugal: bool
     smallest_bytes: int
 
     @property
@@ -143,11 +145,14 @@ def plan_pipeline(
         text_source=text_source or source,
         persistent=persistent_parameters,
     )
+    enough = planner.smallest().peak_bytes
+    planner.save_memory()
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
         if strict:
             raise ValueError(too_small(budget, smallest, demand))
         budget = smallest
+    planner.save_memory(budget is not None and budget < enough)
     return planner.best(budget, smallest)
 
 
@@ -179,12 +184,19 @@ class _Planner:
         self._persistent = persistent
         self._vae_bytes = weight_bytes(parts.vae)
         self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
-        dtype = compute_dtype(parts)
-        self._denoise = (
-            denoise_bytes(parts.transformer, demand, dtype) if parts.transformer is not None else 0
-        )
+        self._denoise = 0
+        self._frugal = False
+        self.save_memory(False)
         self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
         self._plans: dict[tuple[int, int | None], StreamPlan] = {}
+
+    def save_memory(self, enabled: bool = True) -> None:
+        """Plan for a transformer that saves memory, if it can."""
+        transformer = self._parts.transformer
+        self._frugal = enabled and hasattr(transformer, "save_memory")
+        if transformer is not None:
+            dtype = compute_dtype(self._parts)
+            self._denoise = denoise_bytes(transformer, self._demand, dtype, frugal=self._frugal)
 
     def smallest(self) -> PipelinePlan:
         """Nothing resident that can stream, one slot, the smallest tiles."""
@@ -234,18 +246,22 @@ class _Planner:
         """The plan with most resident weights whose three moments fit the budget."""
         aside = _resident(text) + self._adapters
         limit = budget - aside - self._denoise
-        decode = self._peak_of_decoding(PREFERRED_TILE)
-        if decode > budget - aside:
-            decode = self._peak_of_decoding(TILE_SIDES[-1])
+        stays = _resident(self._overlapping_transformer())
+        peaks = [self._peak_of_decoding(side) for side in TILE_SIDES if side <= PREFERRED_TILE]
+        decode = next((peak for peak in peaks if peak <= budget - aside - stays), peaks[-1])
         others = max(_slots(text) + self._encode, decode)
         most = budget - aside - others
         if self._persistent is not None:
             most = min(most, self._persistent * compute_dtype(self._parts).itemsize)
         plan = self._transformer(max(limit, 0))
+        most = max(most, _resident(self._transformer(0)))
         if _resident(plan) <= most:
             return plan
         # Not all of the limit may stay: halve the way to the least, since a smaller limit has other slots.
-        plan, low, high = self._transformer(0), 0, limit
+        low, high = 0, limit
+        plan, overlapping = self._transformer(low), self._overlapping_transformer()
+        if overlapping is not None and overlapping.device_bytes <= limit and _resident(overlapping) <= most:
+            plan, low = overlapping, overlapping.device_bytes
         for _ in range(HALVINGS):
             middle = (low + high) // 2
             tried = self._transformer(middle)
@@ -266,6 +282,11 @@ class _Planner:
             return 0
         rows, columns = 2 * self._demand.rows, 2 * self._demand.columns
         return self._vae_bytes + decode_bytes(self._parts.vae, rows, columns, tile=tile)
+
+    def _overlapping_transformer(self) -> StreamPlan | None:
+        """The least with which copies are hidden behind the work."""
+        least = self._transformer(0)
+        return None if least is None else self._transformer(least.smallest_overlapping_bytes)
 
     def _transformer(self, limit: int | None) -> StreamPlan | None:
         return self._stream_plan(self._parts.transformer, limit, StreamSettings())
@@ -323,6 +344,7 @@ class _Planner:
             encode_bytes=self._encode,
             decode_bytes=decode,
             tile=tile,
+            frugal=self._frugal,
             smallest_bytes=smallest,
         )
 
