@@ -166,7 +166,7 @@ def random_model(device: str, blocks: int) -> QwenImageTransformer2DModel:
 
 
 def measure_whole(exact: QwenImageTransformer2DModel, note: Note) -> None:
-    """A bf16 model whose norms' outputs get 8 channels that are 20 to 100 times larger, and its 8-bit forms."""
+    """A bf16 model whose norms get 8 channels that are 20 to 100 times larger, and its 8-bit forms."""
     device, width, side = exact.device, exact.inner_dim, 32
     biases = [part[1].bias for block in exact.transformer_blocks for part in (block.img_mod, block.txt_mod)]
     before = [bias.data for bias in biases]
