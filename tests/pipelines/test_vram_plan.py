@@ -59,7 +59,7 @@ def test_no_plan_exceeds_its_budget(model: Parts) -> None:
             steps=draw.randint(1, 60),
             reference_tokens=draw.choice([0, 0, 4096]),
         )
-        budget = round(draw.uniform(1, 16) * GIB)
+        budget = round(draw.uniform(0.6, 12) * GIB)
         try:
             plan = plan_pipeline(model, budget, demand, device="cuda:0")
         except ValueError as error:
@@ -69,7 +69,7 @@ def test_no_plan_exceeds_its_budget(model: Parts) -> None:
             refused += 1
             continue
         assert plan.smallest_bytes <= plan.peak_bytes <= budget
-    assert 3 < refused < 47
+    assert 1 < refused < 40
 
 
 def test_more_memory_never_streams_more(model: Parts) -> None:
