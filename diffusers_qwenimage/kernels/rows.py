@@ -123,12 +123,21 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
         padding = max(32 - rows, 0) if q.device.type == "cuda" else 0  # the library wants more than 16 rows
         padded = torch.nn.functional.pad(q, (0, 0, 0, padding)) if padding else q
         return torch._int_mm(padded, weight.t())[:rows]
-    return (q.double() @ weight.double().t()).to(torch.int32)
+    total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
+    for start in range(0, q.shape[1], _EXACT_IN_FP32):
+        part = slice(start, start + _EXACT_IN_FP32)
+        total += (q[:, part].float() @ weight[:, part].float().t()).to(torch.int32)
+    return total
+
+
+_EXACT_IN_FP32 = 1024  # products of int8 whose sum is below 2^24
 
 
 def has_fp8_products(device: torch.device) -> bool:
     """Whether products of fp8 values are computed as such there; a CPU computes them in fp32."""
-    return device.type == "cpu" or (device.type == "cuda" and _capability(device) >= (8, 9))
+    if device.type == "cuda" and torch.version.hip is None:
+        return _capability(device) >= (8, 9)
+    return device.type == "cpu"
 
 
 @lru_cache(maxsize=16)
