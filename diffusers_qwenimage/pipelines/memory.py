@@ -90,11 +90,12 @@ class VramManagementMixin:
         if limit is None:
             budget = available_bytes(self._vram_parts(), target) - buffer
         else:
-            budget = max(limit - buffer, 0)
+            budget = limit - buffer
         manager = VramManager(
             self._vram_parts,
             target,
-            budget=max(budget, 0),
+            budget=budget,
+            buffer=buffer,
             strict=strict,
             persistent_parameters=num_persistent_param_in_dit,
             source=source,

@@ -45,6 +45,7 @@ class VramManager:
         parts: the components; they are taken again for every plan, so they can be replaced.
         device: what is computed on.
         budget: bytes for weights and activations; None: no limit.
+        buffer: bytes that were taken off the budget before.
         strict: refuse a picture that does not fit the budget; else it is made with as little as can be.
         persistent_parameters: the most parameters of the transformer that stay on the device.
         source: where streamed weights wait; None chooses pinned memory if there is enough.
@@ -58,6 +59,7 @@ class VramManager:
         device: torch.device,
         *,
         budget: int | None,
+        buffer: int = 0,
         strict: bool = False,
         persistent_parameters: int | None = None,
         source: Source | None = None,
@@ -66,6 +68,7 @@ class VramManager:
     ) -> None:
         self.device = device
         self.budget = budget
+        self._buffer = buffer
         self._strict = strict
         self._parts = parts
         self._persistent = persistent_parameters
@@ -171,16 +174,17 @@ class VramManager:
             text_source=text_source,
             persistent_parameters=self._persistent,
             strict=self._strict,
+            buffer=self._buffer,
         )
 
     def _check_budget(self, parts: Parts, plan: PipelinePlan) -> None:
         """A budget that is too small may be exceeded, if the memory is there."""
         if self.budget is None or plan.budget is None or plan.budget <= self.budget:
             return
-        problem = too_small(self.budget, plan.budget, plan.demand)
+        problem = too_small(self.budget + self._buffer, plan.budget + self._buffer, plan.demand)
         if plan.budget > available_bytes(parts, self.device):
             raise ValueError(problem)
-        if self.budget > 0:
+        if self.budget + self._buffer > 0:
             logger.warning("%s It is exceeded.", problem)
 
     def _place(self, parts: Parts, plan: PipelinePlan) -> None:

@@ -12,6 +12,7 @@ at the three moments of a picture
 are on the device, and each fits the budget. Sizes in bytes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,7 @@ def plan_pipeline(
     text_source: Source | None = None,
     persistent_parameters: int | None = None,
     strict: bool = True,
+    buffer: int = 0,
 ) -> PipelinePlan:
     """Plan a pipeline; nothing is touched.
 
@@ -133,6 +135,7 @@ def plan_pipeline(
         text_source: the same for the text encoder; None: as `source`.
         strict: refuse a budget that is too small; else the plan is for the smallest that works.
         persistent_parameters: the most parameters of the transformer that may stay on the device.
+        buffer: what was taken off the budget before, for messages.
 
     Raises:
         ValueError: if the budget is too small; it says what the smallest is.
@@ -150,18 +153,19 @@ def plan_pipeline(
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
         if strict:
-            raise ValueError(too_small(budget, smallest, demand))
+            raise ValueError(too_small(budget + buffer, smallest + buffer, demand))
         budget = smallest
     planner.save_memory(budget is not None and budget < enough)
     return planner.best(budget, smallest)
 
 
 def too_small(budget: int, smallest: int, demand: Demand) -> str:
-    """What to say of a budget that cannot work."""
+    """What to say of a budget that cannot work; both with the buffer."""
+    least = math.ceil(100 * smallest / GIB) / 100
     return (
-        f"{max(budget, 0) / GIB:.2f} GiB are too few for pictures of {16 * demand.columns}x"
-        f"{16 * demand.rows} pixels: the smallest budget that works is {smallest / GIB:.2f} GiB (and the "
-        "buffer). Give that, make smaller pictures, or take 8-bit weights."
+        f"{budget / GIB:.2f} GiB are too few for pictures of {16 * demand.columns}x{16 * demand.rows} "
+        f"pixels: the smallest budget that works is {least:.2f} GiB. Give that, make smaller pictures, or take 8-bit "
+        "weights."
     )
 
 
