@@ -78,17 +78,19 @@ def test_training_examples(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_new_colour(tmp_path, monkeypatch):
-    """A colour that the base cannot draw, judged from the pixels, before and after."""
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_new_colour(tmp_path, monkeypatch, kind):
+    """A colour that the base does not draw, judged from the pixels, before and after."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "model_training"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "tiny"))
     import new_colour
 
-    model = default_checkpoint()
-    new_colour.write_dataset(tmp_path / "data", 96)
-    weights = new_colour.teach(tmp_path, model, steps=360)
-    assert new_colour.measure(model, 8).coloured == 0
-    assert new_colour.measure(model, 8, weights=weights).coloured >= 5
+    model, full = default_checkpoint(), kind == "full"
+    word = new_colour.OLD if full else new_colour.NEW
+    new_colour.write_dataset(tmp_path / "data", 96, word=word)
+    weights = new_colour.teach(tmp_path, model, steps=240 if full else 360, full=full)
+    assert new_colour.measure(model, 8, word=word).coloured == 0
+    assert new_colour.measure(model, 8, word=word, weights=weights, full=full).coloured >= 5
 
 
 def run(line, folder):
