@@ -163,8 +163,8 @@ def too_small(budget: int, smallest: int, demand: Demand) -> str:
     """What to say of a budget that cannot work; both with the buffer."""
     size = f"{16 * demand.columns}x{16 * demand.rows}"
     return (
-        f"{budget / GIB:.2f} GiB are too few for pictures of {size} pixels: the smallest budget that works is "
-        f"{math.ceil(100 * smallest / GIB) / 100:.2f} GiB. Give that, make smaller pictures, or take 8-bit "
+        f"{budget / GIB:.2f} GiB are too few for pictures of {size} pixels: the smallest budget that works "
+        f"is {math.ceil(100 * smallest / GIB) / 100:.2f} GiB. Give that, make smaller pictures, or take 8-bit "
         "weights."
     )
 
