@@ -136,7 +136,7 @@ def test_recording_without_memory_goes_on_launched(model):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(got, expected)
-    assert graphs.given_up == "device memory ran out"
+    assert "a graph needs about" in graphs.given_up  # asked for before it is recorded
 
 
 class Copying(torch.nn.Module):

@@ -1,9 +1,9 @@
 """Speed of a pipeline: one call that chooses for the machine, and the switches behind it."""
 
 import logging
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 WORKING_MEMORY = 8 * GIB  # beside the weights, for the activations and for decoding a picture of 1328x1328
 TOKENS = 4224  # of the attention that is timed: a picture of 1024x1024 and 128 tokens of text
+CALLS = 8  # in a row, so that launching one hides behind the one before
 WORTH_IT = 0.97  # another attention backend must take less than this share of the default's time
 # Exact backends; those that fetch kernels from the Hub or round to 8 bits are for `set_attention_backend`.
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
@@ -225,20 +226,24 @@ def attention_times(
         except BACKEND_ERRORS as error:
             logger.info("Attention backend %s: %s", name, error)
             continue
-        times[name] = statistics.median(_milliseconds(lambda name=name: attend(name), device))  # type: ignore[misc]
+        times[name] = _milliseconds(partial(attend, name), device)
     return times
 
 
-def _milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> list[float]:
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call: the best of a few rows of calls, since only delays make one slower."""
+    for _ in range(CALLS):  # warm-up: kernels are loaded and plans made
+        run()
     times = []
-    for _ in range(repeats):
+    for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(CALLS):
+            run()
         end.record()
         torch.cuda.synchronize(device)
-        times.append(start.elapsed_time(end))
-    return times
+        times.append(start.elapsed_time(end) / CALLS)
+    return min(times)
 
 
 def _choose_modulation(pipe: Any, wanted: str, chosen: Choices) -> None:
