@@ -177,7 +177,8 @@ class _Adoption:
         self._add_slab("", parts.rest, resident=True)
         rows = zip(parts.blocks, self._placement.resident, self._placement.streamed, strict=True)
         for block, resident, streamed in rows:
-            self._add_slab(block.name, (*block.small, *resident), resident=True)
+            self._add_slab(block.name, block.small, resident=True)
+            self._add_slab(block.name, resident, resident=True)
             if mapped:
                 self._stays.update({m.key: m for group in streamed for m in group})
                 self._streams.update(self._stays)

@@ -13,7 +13,6 @@ from .plan import Placement
 from .ring import Unit
 from .survey import Group, Member
 
-FROM_DEVICE = 2  # blocks that leave the device at a time
 WORKERS = 8  # blocks that are copied to pinned memory at a time
 
 
@@ -59,8 +58,7 @@ def place_existing(
     with ThreadPoolExecutor(WORKERS if device.type == "cuda" else 1) as pool:
         jobs: list[Future[Any]] = []
         for block, resident, streamed in blocks:
-            if len(jobs) >= FROM_DEVICE and _on_device(streamed, device):
-                jobs[-FROM_DEVICE].result()  # else new slabs are made there before old ones go
+            leaves = _on_device(streamed, device)
             old = before.pop(block.name, None)
             if old is not None and _can_stay(old, streamed, placement):
                 jobs.append(pool.submit(_keep, old, progress))
@@ -68,7 +66,12 @@ def place_existing(
                 jobs.append(pool.submit(_leave, block.name, streamed))
             else:
                 jobs.append(pool.submit(_place_streamed, block.name, streamed, memory, progress))
-            _place_resident((*block.small, *resident), device, progress)
+            if leaves:  # old slabs go before new ones come, and not a part of each stays behind
+                jobs[-1].result()
+                torch.cuda.empty_cache()
+            # In two slabs: small tensors outlive the others when layers are replaced.
+            _place_resident(block.small, device, progress)
+            _place_resident(resident, device, progress)
         units = [job.result() for job in jobs]
     return [unit for unit in units if unit is not None]
 

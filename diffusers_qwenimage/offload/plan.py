@@ -218,8 +218,8 @@ def _device_bytes(parts: Survey, levels: Sequence[int], num_slots: int) -> int:
 
 
 def _slab_bytes(block: Block, level: int) -> int:
-    """What a block with `level` large groups keeps on the device."""
-    return rounded(layout_bytes((*block.small, *block.large[:level])))
+    """What a block with `level` large groups keeps on the device, in two slabs."""
+    return rounded(layout_bytes(block.small)) + rounded(layout_bytes(block.large[:level]))
 
 
 def _placement(
