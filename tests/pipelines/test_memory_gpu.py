@@ -15,14 +15,27 @@ GIB = 2**30
 
 
 def draw(pipe: QwenImagePipeline) -> np.ndarray:
+    """The final latents: the VAE's convolutions choose their algorithms by the memory that is free."""
     pipe.set_progress_bar_config(disable=True)
-    image: np.ndarray = pipe("a red circle", output_type="np", **CALL).images
-    return image
+    latents: torch.Tensor = pipe("a red circle", output_type="latent", **CALL).images
+    return latents.float().cpu().numpy()
 
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    return draw(QwenImagePipeline.from_pretrained(default_checkpoint(), dtype=torch.bfloat16).to("cuda"))
+    """With all weights on the device, the modulation tabulated: so it is wherever weights stream."""
+    pipe = QwenImagePipeline.from_pretrained(default_checkpoint(), dtype=torch.bfloat16).to("cuda")
+    pipe.release_graphs()
+    pipe.transformer.offload_modulation("cpu")
+    return draw(pipe)
+
+
+def test_decoded_pictures_are_close(expected: np.ndarray) -> None:
+    pipe = QwenImagePipeline.from_pretrained(default_checkpoint(), dtype=torch.bfloat16).to("cuda")
+    managed = QwenImagePipeline.from_pretrained(default_checkpoint(), dtype=torch.bfloat16)
+    managed.enable_vram_management(vram_limit=0)
+    images = [np.asarray(each("a red circle", **CALL).images[0], dtype=float) for each in (pipe, managed)]
+    assert np.abs(images[0] - images[1]).mean() < 2  # of 255: bf16 in the decoder
 
 
 def smallest(pipe: QwenImagePipeline) -> MemoryReport:
@@ -44,9 +57,13 @@ def test_pictures_do_not_depend_on_the_budget(extra: int, in_place: bool, expect
         pipe = plain
         pipe.enable_vram_management(vram_limit=limit, vram_buffer=0)
     assert extra or pipe.memory_report().components[0].streamed > 0
-    assert np.array_equal(draw(pipe), expected)
+    got = draw(pipe)
+    difference = np.abs(got - expected).max()
+    if extra < GIB:  # with everything resident the modulation need not be tabulated: one row, or two at once
+        assert difference == 0
+    assert difference < 0.1 * np.abs(expected).max()
     pipe.clear_prompt_cache()
-    assert np.array_equal(draw(pipe), expected)
+    assert np.array_equal(draw(pipe), got)
 
 
 def test_the_peak_is_within_the_budget(expected: np.ndarray) -> None:
