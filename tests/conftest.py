@@ -20,7 +20,7 @@ settings.load_profile("suite")
 
 
 def read_scalars_of_the_interpreter():
-    """Triton's interpreter keeps a scalar as an array of one element; numpy 2.4 makes no int of that any more.
+    """Triton's interpreter keeps a scalar as an array of one element, of which numpy 2.4 makes no int.
 
     Loops up to a number that a kernel is given need it.
     """

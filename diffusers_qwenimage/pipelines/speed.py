@@ -234,7 +234,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of a call: the best of a few rows of calls, since only delays make one slower."""
     for _ in range(CALLS):  # warm-up: kernels are loaded and plans made
         run()
-    times = []
+    times: list[float] = []
     for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
