@@ -34,25 +34,47 @@ class Bar:
 PANELS: dict[str, list[Bar]] = {
     "Forward, 1328x1328 (ms)": [
         Bar("diffusers", "transformer", "1328x1328 forward, diffusers", STOCK),
-        Bar("ours, bf16", "transformer", "1328x1328 forward, ours", OURS),
+        Bar("ours, bf16", "transformer", "1328x1328 forward, ours, modulation tabulated", OURS),
         Bar("ours, fp8", "transformer", "1328x1328 forward, ours, fp8 (beside fp8)", LOSSY),
     ],
     "Guided step, 1024x1024 (ms)": [
         Bar("diffusers", "transformer", "1024x1024 step with guidance, diffusers (two forwards)", STOCK),
-        Bar("ours, bf16", "transformer", "1024x1024 step with guidance, ours (packed)", OURS),
+        Bar(
+            "ours",
+            "transformer",
+            "1024x1024 step with guidance, ours (packed, modulation tabulated)",
+            OURS,
+        ),
     ],
     "Guided step, 512x512 (ms)": [
         Bar("diffusers", "transformer", "512x512 step with guidance, diffusers (two forwards)", STOCK),
         Bar("ours, launched", "graphs", "512x512 with guidance, step, launched", OURS),
         Bar("ours, CUDA graph", "graphs", "512x512 with guidance, step, graphs", OURS),
     ],
-    "Decoding 1328x1328 (ms)": [
+    "Decoding, 1328x1328 (ms)": [
         Bar("diffusers", "vae", "1328x1328 decode, diffusers", STOCK),
         Bar("ours", "vae", "1328x1328 decode, ours, fused", OURS),
     ],
-    "Encoding 1328x1328 (ms)": [
+    "Encoding, 1328x1328 (ms)": [
         Bar("diffusers", "vae", "1328x1328 encode, diffusers", STOCK),
         Bar("ours", "vae", "1328x1328 encode, ours, fused", OURS),
+    ],
+    "LoRA training step, 1024x1024, rank 32 (ms)": [
+        Bar(
+            "diffusers + PEFT",
+            "training",
+            "1024x1024, rank 32, 60 blocks, diffusers + PEFT, checkpointing",
+            STOCK,
+        ),
+        Bar(
+            "ours, checkpointing",
+            "training",
+            "1024x1024, rank 32, 60 blocks, ours, bf16, checkpointing full",
+            OURS,
+        ),
+        Bar(
+            "ours, without", "training", "1024x1024, rank 32, 60 blocks, ours, bf16, checkpointing none", OURS
+        ),
     ],
     "Picture, 1328x1328, 8 guided steps (s)": [
         Bar("diffusers", "end_to_end", "1328x1328, 8 steps with guidance, diffusers: picture", STOCK),
@@ -108,14 +130,15 @@ def draw(panels: dict[str, list[tuple[Bar, float]]], device: str, out: Path) -> 
         labels = [bar.label for bar, _ in bars]
         values = [value for _, value in bars]
         axis.barh(labels, values, color=[bar.colour for bar, _ in bars], height=0.62)
-        axis.invert_yaxis()
+        axis.set_ylim(max(map(len, panels.values())) - 0.5, -0.5)  # bars of one height in all panels
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlim(0, 1.22 * max(values))
+        axis.set_xlim(0, 1.25 * max(values))
         axis.set_xticks([])
         axis.tick_params(axis="y", length=0, labelsize=9)
         for place, value in enumerate(values):
             ratio = "" if place == 0 else f"  ({values[0] / value:.2f}x)"
-            axis.text(value, place, f" {value:.3g}{ratio}", va="center", fontsize=9)
+            number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+            axis.text(value, place, f" {number}{ratio}", va="center", fontsize=9)
         for side in ("top", "right", "bottom"):
             axis.spines[side].set_visible(False)
     note = f"{device}, random weights of the true size, median. Light: 8-bit weights and products, not exact."
