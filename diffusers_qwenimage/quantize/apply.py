@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,7 @@ def quantize_(module: nn.Module, kind: str, *, skip: Sequence[str] = SKIPPED) ->
         ValueError: if there is no such kind, or a layer is quantised in another kind already.
     """
     scheme_of(kind)
+    _forget_plans(module)
     names = []
     for name, parent, attribute, linear in list(linears(module)):
         if is_skipped(name, skip):
@@ -55,6 +57,14 @@ def quantize_(module: nn.Module, kind: str, *, skip: Sequence[str] = SKIPPED) ->
             setattr(parent, attribute, QuantizedLinear.from_linear(linear, kind))
         names.append(name)
     return names
+
+
+def _forget_plans(module: nn.Module) -> None:
+    """Let go of what the fused path made of the blocks: it would keep the old weights alive."""
+    block: Any
+    for block in module.modules():
+        if getattr(block, "plan", None) is not None:
+            block.plan = None
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -1,5 +1,8 @@
 """Ways to train in less memory: results stay the same, and plans keep within what there is."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +10,7 @@ from training_data import config
 
 from diffusers_qwenimage.kernels import use_backend
 from diffusers_qwenimage.offload import streamed
+from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.quantize.layers import QuantizedLinear
 from diffusers_qwenimage.training.data import inspect_rows
 from diffusers_qwenimage.training.memory import UNITS, WORKING_UNITS, plan_keep, weights_budget
@@ -17,6 +21,15 @@ from diffusers_qwenimage.training.plan import Slot
 from diffusers_qwenimage.training.stopping import StopSignal
 from diffusers_qwenimage.training.trained import copy_mapped_
 from diffusers_qwenimage.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products on several threads are split as the machine is busy, and then not always the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_trainer(**changes):
@@ -141,6 +154,24 @@ def test_base_in_8_bits(workplace, kind):
         total = torch.cat([g.flatten() for g in expected.values() if g is not None])
         # 3 mantissa bits (fp8) or 127 levels a row (int8), in weights and inputs of two blocks
         assert difference.norm() / total.norm() < 0.15, backend
+
+
+def test_quantising_after_the_fused_path_frees_the_old_weights(workplace):
+    """What the fused path keeps of a block must not hold weights that are replaced."""
+    transformer = make_trainer().trained.modules["dit"]
+    block = transformer.transformer_blocks[0]
+    with torch.no_grad(), use_backend("reference"):
+        transformer(
+            hidden_states=torch.zeros(1, 6, 64),
+            encoder_hidden_states=torch.zeros(1, 3, 16),
+            timestep=torch.tensor([0.5]),
+            img_shapes=[[(1, 2, 3)]],
+        )
+    assert block.plan is not None
+    weights = [weakref.ref(block.img_mlp.net[0].proj.weight), weakref.ref(block.attn.to_q.base_layer.weight)]
+    quantize_(transformer, "fp8")
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
 
 
 def test_selective_and_offloaded_checkpointing_change_nothing(workplace):
