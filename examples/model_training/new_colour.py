@@ -3,9 +3,8 @@
     python new_colour.py OUT            # dataset, judgement, LoRA, judgement
     python new_colour.py OUT --full     # fine-tunes the whole dit instead of a LoRA
 
-The colour is cyan: scenes of examples/tiny whose purple is drawn as cyan, so that its judge, told the new
-colour, decides from the pixels. A LoRA learns it under its name, which the text encoder has never read; the
-whole dit learns that purple is cyan. The pictures that are judged show combinations that were not trained.
+The colour is cyan: scenes of examples/tiny whose purple is drawn and called cyan, so that its judge, told
+the new colour, decides from the pixels. The pictures that are judged show combinations that were not trained.
 """
 
 import argparse
@@ -56,32 +55,28 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="fine-tune the whole dit")
     parser.add_argument("--model", type=Path, help="another checkpoint of the same layout")
     parser.add_argument("--scenes", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--steps", type=int, help="of training (360, or 240 with --full)")
     parser.add_argument("--judged", type=int, default=16)
     args = parser.parse_args()
     model = args.model or default_checkpoint()
-    word = OLD if args.full else NEW
-    write_dataset(args.out / "data", args.scenes, word=word)
-    before = measure(model, args.judged, word=word, grid=args.out / "before.png")
+    write_dataset(args.out / "data", args.scenes)
+    before = measure(model, args.judged, grid=args.out / "before.png")
     started = time.monotonic()
-    weights = teach(args.out, model, steps=args.steps, full=args.full)
+    steps = args.steps or (240 if args.full else 360)
+    weights = teach(args.out, model, steps=steps, full=args.full)
     seconds = time.monotonic() - started
-    after = measure(
-        model, args.judged, word=word, weights=weights, full=args.full, grid=args.out / "after.png"
-    )
-    print(f"{args.steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
+    after = measure(model, args.judged, weights=weights, full=args.full, grid=args.out / "after.png")
+    print(f"{steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
     print(f"  only things of the new colour, on the right background: {before.coloured}, {after.coloured}")
     print(f"  right in every respect: {before.right}, {after.right}")
 
 
-def write_dataset(folder: Path, number: int, *, word: str = NEW, seed: int = 0) -> None:
+def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
     """`number` pictures with captions: two thirds show the new colour, the others keep what is known."""
     folder.mkdir(parents=True)
     rows = [("image", "prompt")]
     with new_colour():
-        for index, (scene, caption) in enumerate(
-            scenes(number, seed, word=word, held_out=False, share=2 / 3)
-        ):
+        for index, (scene, caption) in enumerate(scenes(number, seed, held_out=False, share=2 / 3)):
             placed = lay_out(scene, random.Random(seed + index))
             pixels = render(batch_scenes([(scene.background, placed)]))[0]
             array = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
@@ -94,7 +89,7 @@ def write_dataset(folder: Path, number: int, *, word: str = NEW, seed: int = 0) 
 def teach(out: Path, model: Path, *, steps: int, full: bool = False, **changes: Any) -> Path:
     """Train a LoRA, or the whole dit, on `out/data`; returns the weights."""
     kind: dict[str, Any] = (
-        {"trainable_models": "dit", "learning_rate": 4e-4}
+        {"trainable_models": "dit", "learning_rate": 2e-4}
         if full
         else {"lora_base_model": "dit", "lora_target_modules": ALL_LAYERS, "learning_rate": 2e-3}
     )
@@ -121,13 +116,7 @@ def teach(out: Path, model: Path, *, steps: int, full: bool = False, **changes: 
 
 
 def measure(
-    model: Path,
-    number: int,
-    *,
-    word: str = NEW,
-    weights: Path | None = None,
-    full: bool = False,
-    grid: Path | None = None,
+    model: Path, number: int, *, weights: Path | None = None, full: bool = False, grid: Path | None = None
 ) -> Measured:
     """Judge `number` pictures of combinations with the new colour that were not trained."""
     pipe = QwenImagePipeline.from_pretrained(str(model), torch_dtype=torch.float32)
@@ -136,7 +125,7 @@ def measure(
         pipe.transformer = load_transformer(weights, dtype=torch.float32)
     elif weights is not None:
         pipe.load_lora_weights(str(weights))
-    pairs = scenes(number, 1000, word=word, held_out=True, share=1.0)
+    pairs = scenes(number, 1000, held_out=True, share=1.0)
     pictures = draw(pipe, [caption.text for _, caption in pairs])
     if grid is not None:
         Image.fromarray(np.concatenate(pictures[:8], axis=1)).save(grid)
@@ -173,13 +162,8 @@ def draw(pipe: Any, captions: Sequence[str]) -> list[np.ndarray]:
     return pictures
 
 
-def scenes(number: int, seed: int, *, word: str, held_out: bool, share: float) -> list[tuple[Scene, Caption]]:
-    """Scenes of one group, `share` of them in the new colour, and their captions, which call it `word`."""
-
-    def renamed(match: re.Match[str]) -> str:
-        old = match[0]
-        return word.upper() if old.isupper() else word.capitalize() if old[0].isupper() else word
-
+def scenes(number: int, seed: int, *, held_out: bool, share: float) -> list[tuple[Scene, Caption]]:
+    """Scenes of one group, `share` of them in the new colour, and their captions."""
     draw = random.Random(seed)
     found = []
     while len(found) < number:
@@ -188,7 +172,7 @@ def scenes(number: int, seed: int, *, word: str, held_out: bool, share: float) -
         if scene.background == OLD or (scene.groups[0].colour == OLD) != wanted:
             continue
         caption = write_caption(scene, draw)
-        text = re.sub(r"\b(purple|violet)\b", renamed, caption.text, flags=re.IGNORECASE)
+        text = re.sub(r"\b(purple|violet)\b", _renamed, caption.text, flags=re.IGNORECASE)
         found.append((scene, Caption(text=text, relations=caption.relations)))
     return found
 
@@ -202,6 +186,11 @@ def new_colour() -> Iterator[None]:
         yield
     finally:
         PALETTE[OLD] = before
+
+
+def _renamed(match: re.Match[str]) -> str:
+    word = match[0]
+    return NEW.upper() if word.isupper() else NEW.capitalize() if word[0].isupper() else NEW
 
 
 if __name__ == "__main__":

@@ -86,11 +86,12 @@ def test_new_colour(tmp_path, monkeypatch, kind):
     import new_colour
 
     model, full = default_checkpoint(), kind == "full"
-    word = new_colour.OLD if full else new_colour.NEW
-    new_colour.write_dataset(tmp_path / "data", 96, word=word)
+    new_colour.write_dataset(tmp_path / "data", 96)
     weights = new_colour.teach(tmp_path, model, steps=240 if full else 360, full=full)
-    assert new_colour.measure(model, 8, word=word).coloured == 0
-    assert new_colour.measure(model, 8, word=word, weights=weights, full=full).coloured >= 5
+    assert new_colour.measure(model, 8).coloured == 0
+    # Of 8 pictures; the whole dit learns the colour under a name that the text encoder has never read, and
+    # forgets shapes over it.
+    assert new_colour.measure(model, 8, weights=weights, full=full).coloured >= 5
 
 
 def run(line, folder):
