@@ -14,7 +14,16 @@ from diffusers_qwenimage.checkpoint import Checkpoint
 from diffusers_qwenimage.offload import Source, StreamPlan, adopt, rest, stream, streamed, unstream
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
 
-from .needs import Demand, adapter_bytes, bytes_on, decode_bytes, fitting_tile, tile_stride, weight_bytes
+from .needs import (
+    Demand,
+    adapter_bytes,
+    bytes_on,
+    decode_bytes,
+    decodes_fused,
+    fitting_tile,
+    tile_stride,
+    weight_bytes,
+)
 from .vram_plan import (
     GIB,
     Parts,
@@ -244,9 +253,10 @@ class VramManager:
         budget = max(self.budget, self.plan.budget or 0)
         room = budget - self.plan.resident_bytes - (0 if self.plan.vae_stays else held)
         before = {name: getattr(vae, name) for name in ("use_tiling", "use_slicing", *TILING_ATTRIBUTES)}
-        if samples > 1 and samples * decode_bytes(vae, rows, columns) > room:
+        fused = decodes_fused(vae, self.device)
+        if samples > 1 and samples * decode_bytes(vae, rows, columns, fused=fused) > room:
             vae.use_slicing = True
-        tile = None if vae.use_tiling else fitting_tile(vae, rows, columns, room)
+        tile = None if vae.use_tiling else fitting_tile(vae, rows, columns, room, fused=fused)
         if tile is not None:
             vae.enable_tiling(tile_size=tile, tile_stride=tile_stride(tile))
             side = tile * vae.spatial_compression_ratio

@@ -27,6 +27,7 @@ from .needs import (
     Demand,
     adapter_bytes,
     decode_bytes,
+    decodes_fused,
     denoise_bytes,
     encode_text_bytes,
     fitting_tile,
@@ -162,10 +163,11 @@ def plan_pipeline(
 def too_small(budget: int, smallest: int, demand: Demand) -> str:
     """What to say of a budget that cannot work; both with the buffer."""
     size = f"{16 * demand.columns}x{16 * demand.rows}"
+    least = math.ceil(100 * smallest / GIB) / 100
     return (
-        f"{budget / GIB:.2f} GiB are too few for pictures of {size} pixels: the smallest budget that works "
-        f"is {math.ceil(100 * smallest / GIB) / 100:.2f} GiB. Give that, make smaller pictures, or take 8-bit "
-        "weights."
+        f"{budget / GIB:.2f} GiB are too few for pictures of {size} pixels: "
+        f"the smallest budget that works is {least:.2f} GiB. "
+        "Give that, make smaller pictures, or take 8-bit weights."
     )
 
 
@@ -187,6 +189,7 @@ class _Planner:
         self._text_source = text_source
         self._persistent = persistent
         self._vae_bytes = weight_bytes(parts.vae)
+        self._fused_vae = decodes_fused(parts.vae, torch.device(device))
         self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
         self._denoise = 0
         self._frugal = False
@@ -251,7 +254,8 @@ class _Planner:
         aside = _resident(text) + self._adapters
         limit = budget - aside - self._denoise
         stays = _resident(self._overlapping_transformer())
-        peaks = [self._peak_of_decoding(side) for side in TILE_SIDES if side <= PREFERRED_TILE]
+        sides = [side for side in TILE_SIDES if side <= PREFERRED_TILE]
+        peaks = [self._peak_of_decoding(side) for side in ([None] if self._fused_vae else []) + sides]
         decode = next((peak for peak in peaks if peak <= budget - aside - stays), peaks[-1])
         others = max(_slots(text) + self._encode, decode)
         most = budget - aside - others
@@ -278,14 +282,16 @@ class _Planner:
     def _tile(self, room: int) -> int | None:
         if self._parts.vae is None:
             return None
-        return fitting_tile(self._parts.vae, 2 * self._demand.rows, 2 * self._demand.columns, room)
+        rows, columns = 2 * self._demand.rows, 2 * self._demand.columns
+        return fitting_tile(self._parts.vae, rows, columns, room, fused=self._fused_vae)
 
     def _peak_of_decoding(self, tile: int | None) -> int:
         """Weights of the VAE and what decoding takes, in tiles of a side."""
         if self._parts.vae is None:
             return 0
         rows, columns = 2 * self._demand.rows, 2 * self._demand.columns
-        return self._vae_bytes + decode_bytes(self._parts.vae, rows, columns, tile=tile)
+        size = decode_bytes(self._parts.vae, rows, columns, tile=tile, fused=self._fused_vae)
+        return self._vae_bytes + size
 
     def _overlapping_transformer(self) -> StreamPlan | None:
         """The least with which copies are hidden behind the work."""
