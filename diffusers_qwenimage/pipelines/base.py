@@ -356,9 +356,7 @@ class QwenImagePipelineBase(
 
     def _decode(self, latents: Tensor, inputs: DenoiseInputs, output_type: str) -> Any:
         _, rows, columns = inputs.image_shapes[0]
-        pixels = release_when_full(
-            self.transformer, lambda: packing.decode(self.vae, latents, rows, columns)
-        )
+        pixels = release_when_full(self.transformer, lambda: packing.decode(self.vae, latents, rows, columns))
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _observer(
