@@ -15,6 +15,7 @@ stream (1, or 2 with `zero_cond_t`: the picture, then the clean references).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -352,8 +353,9 @@ class QwenImageTransformer2DModel(
         register_loader()
         return cast("QwenImageTransformer2DModel", super().from_pretrained(*args, **kwargs))
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look for `variant` in the signature
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, layers in 8 bits as they are; `from_pretrained` of this class reads them."""
+        """Save as diffusers does, layers in 8 bits as they are; `from_pretrained` of this class reads it."""
         from .quantize.stored import record_of
 
         record = record_of(self)

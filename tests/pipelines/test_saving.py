@@ -56,6 +56,14 @@ def test_saved_folder_is_canonical_and_loads_in_diffusers(model_folder, tmp_path
     assert np.array_equal(picture(QwenImagePipeline.from_pretrained(tmp_path)), picture(ours))
 
 
+def test_variant_reaches_every_component(model_folder, tmp_path):
+    QwenImagePipeline.from_pretrained(model_folder).save_pretrained(tmp_path, variant="fp16")
+    for name in ("text_encoder", "transformer", "vae"):
+        weights = [path.name for path in (tmp_path / name).glob("*.safetensors")]
+        assert weights and all(".fp16." in file for file in weights), (name, weights)
+    QwenImagePipeline.from_pretrained(tmp_path, variant="fp16")
+
+
 def test_entry_stays_canonical_when_a_component_is_replaced(model_folder, tmp_path):
     pipe = QwenImagePipeline.from_pretrained(model_folder)
     pipe.transformer = QwenImageTransformer2DModel.from_pretrained(model_folder, subfolder="transformer")
