@@ -119,7 +119,7 @@ if triton_is_installed():
         first = program * ROWS
         for row in range(ROWS):
             token = first + row
-            there = inside & (token < num_tokens)
+            there = column < tl.where(token < num_tokens, D, 0)  # "&" of block and scalar fails in Triton 3.9
             at = token * D + column
             grad = zero
             if HAS_TOTAL:

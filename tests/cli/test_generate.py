@@ -382,7 +382,11 @@ def test_interrupting_leaves_the_old_file(model: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "diffusers_qwenimage", "generate", "a cat", "--model", str(model)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [*command, "--size", "256x256", "--steps", "5000"], stderr=log, stdout=log, cwd=folder
+            [*command, "--size", "256x256", "--steps", "5000"],
+            stderr=log,
+            stdout=log,
+            cwd=folder,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
         )
     try:
         deadline = time.monotonic() + 120

@@ -11,7 +11,7 @@ CODE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from diffusers_qwenimage.kernels import int8, norm, quantized, rope
+from diffusers_qwenimage.kernels import int8, norm, norm_backward, quantized, rope
 
 BF16, I32, F32, FP8, INT8 = "*bf16", "*i32", "*fp32", "*fp8e4nv", "*i8"
 NORM = dict(D=3072, BLOCK=4096, STRIDE=18432, HAS_GATE=True, HAS_NORM=True, HAS_INDEX=True)
@@ -24,6 +24,8 @@ INT8_SIZES = dict(INPUTS=3072, OUTPUTS=9216, OUT_STRIDE=9216, HAS_BIAS=True, **T
 def kernels(has_fp8):
     yield rope._rope_kernel, [BF16, BF16, I32, BF16, BF16, F32, "i32", "fp32"], ROPE, {"num_warps": 4}
     yield int8._int8_kernel, [INT8, F32, INT8, F32, BF16, BF16, "i32"], INT8_SIZES, {"num_warps": 8}
+    backward = dict(D=3072, BLOCK=4096, ROWS=8, HAS_GATE=True, HAS_NORM=True, HAS_TOTAL=True)
+    yield norm_backward._kernel, [*[BF16] * 8, F32, "i32", "fp32"], backward, {"num_warps": 8}
     for out, limit, rotation in ((BF16, 0.0, 0), (FP8, 448.0, 0), (INT8, 127.0, 256)):
         if out == FP8 and not has_fp8:
             continue
@@ -59,4 +61,4 @@ def test_kernels_compile_without_a_gpu(capability):
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert len(lines) == (9 if capability >= 89 else 6) and not any("spilled" in line for line in lines)
+    assert len(lines) == (10 if capability >= 89 else 7) and not any("spilled" in line for line in lines)
