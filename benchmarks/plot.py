@@ -35,7 +35,6 @@ PANELS: dict[str, list[Bar]] = {
     "Forward, 1328x1328 (ms)": [
         Bar("diffusers", "transformer", "1328x1328 forward, diffusers", STOCK),
         Bar("ours, bf16", "transformer", "1328x1328 forward, ours, modulation tabulated", OURS),
-        Bar("ours, fp8", "transformer", "1328x1328 forward, ours, fp8 (beside fp8)", LOSSY),
     ],
     "Guided step, 1024x1024 (ms)": [
         Bar("diffusers", "transformer", "1024x1024 step with guidance, diffusers (two forwards)", STOCK),
