@@ -241,8 +241,8 @@ def _fp8_product(
     return y[:num_rows].to(dtype)
 
 
-# The vendor's library refuses addresses that are no multiples of 16 bytes, and on an H100 it refused 16 and 17
-# rows of 12288 inputs, where it took 128.
+# The vendor's library refuses addresses that are no multiples of 16 bytes; on an H100 it also refused 16 and
+# 17 rows of 12288 inputs, and took 128.
 _FEWEST_ROWS = 128
 
 
