@@ -11,6 +11,7 @@ PACKAGE = Path(diffusers_qwenimage.__file__).parent
 LAYERS = [
     {"kernels", "images", "schedule", "files", "rotary", "checkpoint", "version"},
     {
+        "ahead",
         "block",
         "fused",
         "hooked",

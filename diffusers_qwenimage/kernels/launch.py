@@ -10,6 +10,7 @@ take Triton's own launcher.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,29 @@ if triton_is_installed():
 
 # `CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, enter, exit, *arguments)`.
 CHECKED_VERSIONS = ("3.6",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A variant of a kernel that calls with such arguments run, see `Launcher.__call__`; all pointers are
+    multiples of 16 bytes.
+
+    Attributes:
+        launcher: of the kernel.
+        types: what the pointers point to.
+        numbers, constants, num_warps, num_stages: as in a call; what the numbers are does not matter.
+    """
+
+    launcher: "Launcher"
+    types: tuple[torch.dtype, ...]
+    numbers: tuple[float, ...]
+    constants: tuple[Any, ...]
+    num_warps: int
+    num_stages: int | None = None
+
+    def compile(self) -> None:
+        """Compile and load it on the current device, so that the first call finds it."""
+        self.launcher.compile(self)
 
 
 class Launcher:
@@ -83,6 +107,21 @@ class Launcher:
                 self._variants[key] = (compiled.run, compiled.function, compiled.packed_metadata)
                 return
         self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
+
+    def compile(self, variant: Variant) -> None:
+        """See `Variant`; Triton's interpreter has nothing to compile."""
+        if not hasattr(self._kernel, "device_caches"):
+            return
+        options = {} if variant.num_stages is None else {"num_stages": variant.num_stages}
+        compiled = self._kernel.warmup(
+            *variant.types,
+            *variant.numbers,
+            *variant.constants,
+            grid=(1, 1, 1),
+            num_warps=variant.num_warps,
+            **options,
+        )
+        _ = compiled.run  # made when it is first asked for: some versions of Triton call a C compiler for it
 
     def _slowly(
         self,

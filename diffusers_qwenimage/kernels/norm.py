@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
-from .launch import Launcher, power_of_2
+from .launch import Launcher, Variant, power_of_2
 from .rows import LIMITS, Rows, Target, quantize_rows_reference
 
 if triton_is_installed():
@@ -183,11 +183,30 @@ def _launch_rows(
         (num_tokens, 1, 1),
         (x, y, *rows, x if index is None else index, total, h, row_scale),
         (eps,),
-        (width, block, stride, has_gate, has_norm, index is not None, limit, rotation),
-        min(max(block // 512, 1), 16),
+        (width, block, stride * (index is not None), has_gate, has_norm, index is not None, limit, rotation),
+        _num_warps(block),
         (0, 0, *offsets, 0, 0, 0, 0) if any(offsets) else None,
     )
     return total, h, row_scale
+
+
+def _num_warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+def variants(width: int, dtype: torch.dtype) -> list[Variant]:
+    """What blocks of that width run where all tokens have one modulation and nothing is quantised."""
+    block = power_of_2(width)
+    return [
+        Variant(
+            launcher=_run,
+            types=(dtype,) * 9,
+            numbers=(EPSILON,),
+            constants=(width, block, 0, has_gate, has_norm, False, 0.0, 0),
+            num_warps=_num_warps(block),
+        )
+        for has_gate, has_norm in ((False, True), (True, True), (True, False))
+    ]
 
 
 # 3. Public

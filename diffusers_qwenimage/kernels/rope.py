@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
-from .launch import Launcher, power_of_2
+from .launch import Launcher, Variant, power_of_2
 
 if triton_is_installed():
     import triton
     import triton.language as tl
 
 EPSILON = 1e-6
+_WARPS = 4
 
 
 # 1. Reference
@@ -136,8 +137,7 @@ def _launch(
     num_tokens, (_, _, num_heads, head_dim) = rows.shape[0], joint.shape
     if num_tokens == 0:
         return
-    block = power_of_2(head_dim)
-    heads = min(power_of_2(num_heads), max(1024 // block, 1))
+    block, heads = _tile(num_heads, head_dim)
     tensors = (
         joint if source is None else source.contiguous(),
         joint,
@@ -151,8 +151,30 @@ def _launch(
         tensors,
         (table.shape[0], eps),
         (num_heads, head_dim, heads, block, source is not None),
-        4,
+        _WARPS,
     )
+
+
+def _tile(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Values of a head, rounded up, and heads of a program."""
+    block = power_of_2(head_dim)
+    return block, min(power_of_2(num_heads), max(1024 // block, 1))
+
+
+def variants(num_heads: int, head_dim: int, dtype: torch.dtype) -> list[Variant]:
+    """What blocks run: in place, and from elsewhere."""
+    block, heads = _tile(num_heads, head_dim)
+    types = (dtype, dtype, torch.int32, dtype, dtype, torch.float32)
+    return [
+        Variant(
+            launcher=_run,
+            types=types,
+            numbers=(1, EPSILON),
+            constants=(num_heads, head_dim, heads, block, from_source),
+            num_warps=_WARPS,
+        )
+        for from_source in (False, True)
+    ]
 
 
 # 3. Public

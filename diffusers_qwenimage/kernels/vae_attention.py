@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, Variant
 
 if triton_is_installed():
     import triton
@@ -54,7 +55,7 @@ if triton_is_installed():
     def _part(base, rows, inside, column, stride):  # type: ignore[no-untyped-def]
         return tl.load(base + rows[:, None] * stride + column[None, :], mask=inside[:, None], other=0.0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_pixels", "factor"])
     def _kernel(  # type: ignore[no-untyped-def]
         qkv_ptr,
         out_ptr,
@@ -107,23 +108,37 @@ if triton_is_installed():
         tl.store(out + PART, (sum1 * inverse).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
         tl.store(out + 2 * PART, (sum2 * inverse).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
+    _run = Launcher(_kernel)
+
 
 def _launch(qkv: Tensor, tile: Tile) -> Tensor:
     batch, num_pixels, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = qkv.new_empty(batch, num_pixels, channels)
-    with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        _kernel[(triton.cdiv(num_pixels, tile.queries), batch)](
-            qkv,
-            out,
-            num_pixels,
-            _LOG2_E / channels**0.5,
-            PART=channels // _PARTS,
-            QUERIES=tile.queries,
-            KEYS=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _run(
+        (-(-num_pixels // tile.queries), batch, 1),
+        (qkv, out),
+        (num_pixels, _LOG2_E / channels**0.5),
+        (channels // _PARTS, tile.queries, tile.keys),
+        tile.warps,
+        num_stages=tile.stages,
+    )
     return out
+
+
+def variants(channels: int, dtype: torch.dtype) -> list[Variant]:
+    """What pictures of so many channels run."""
+    if _why_not(channels, dtype) is not None:
+        return []
+    return [
+        Variant(
+            launcher=_run,
+            types=(dtype, dtype),
+            numbers=(1, 1.0),
+            constants=(channels // _PARTS, TILE.queries, TILE.keys),
+            num_warps=TILE.warps,
+            num_stages=TILE.stages,
+        )
+    ]
 
 
 # 3. Public, for inference: nothing here records gradients
@@ -140,9 +155,13 @@ def why_not(qkv: Tensor) -> str | None:
     """Why the kernel does not take `qkv` [B, S, 3 D]; None if it does."""
     if backend(qkv.device).name != "triton":
         return "Triton is not what computes on this device"
-    if qkv.dtype not in (torch.bfloat16, torch.float16):
-        return f"it multiplies in half precision, not in {qkv.dtype}"
-    part, rest = divmod(qkv.shape[-1] // 3, _PARTS)
+    return _why_not(qkv.shape[-1] // 3, qkv.dtype)
+
+
+def _why_not(channels: int, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies in half precision, not in {dtype}"
+    part, rest = divmod(channels, _PARTS)
     if rest or part < 16 or part > 128 or part & (part - 1):
-        return f"a head of {qkv.shape[-1] // 3} channels is not three times 16, 32, 64 or 128"
+        return f"a head of {channels} channels is not three times 16, 32, 64 or 128"
     return None

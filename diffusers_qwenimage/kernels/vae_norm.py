@@ -10,6 +10,7 @@ which pixels are read, too: see `interleave` and `upsampling_weight`.
 Shapes: x is [B, C, H, W] in memory as [B, H, W, C] (`torch.channels_last`); bias and gamma are [C].
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, triton_is_installed
+from .launch import Launcher, Variant, power_of_2
 
 if triton_is_installed():
     import triton
@@ -24,6 +26,7 @@ if triton_is_installed():
 
 EPSILON = 1e-12
 _TILE = 4096  # values of a program's tile
+_WARPS = 4
 
 
 @dataclass(kw_only=True)
@@ -107,7 +110,13 @@ def upsampling_weight(weight: Tensor) -> Tensor:
 
 if triton_is_installed():
 
-    @triton.jit
+    # What a call asks for are numbers and not constants: one variant for each width and type, compiled once.
+    @triton.jit(
+        do_not_specialize=[
+            *("num_pixels", "height", "width", "root", "eps", "has_bias", "has_residual", "is_interleaved"),
+            *("keeps_total", "has_norm", "silu"),
+        ]
+    )
     def _kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         bias_ptr,
@@ -120,46 +129,45 @@ if triton_is_installed():
         width,
         root,
         eps,
+        has_bias,
+        has_residual,
+        is_interleaved,
+        keeps_total,
+        has_norm,
+        silu,
         C: tl.constexpr,
         BLOCK_C: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
-        IS_INTERLEAVED: tl.constexpr,
-        STORE_TOTAL: tl.constexpr,
-        HAS_NORM: tl.constexpr,
-        SILU: tl.constexpr,
     ):
         pixel = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         channel = tl.arange(0, BLOCK_C)
         is_channel = channel < C
         inside = (pixel < num_pixels)[:, None] & is_channel[None, :]
         place = pixel[:, None] * C + channel[None, :]
-        if IS_INTERLEAVED:
+        start = pixel * C
+        if is_interleaved != 0:
             column = pixel % width
             row = (pixel // width) % height
             picture = pixel // (width * height)
             p, q = row % 2, column % 2
             source = (picture * (height // 2 + 1) + row // 2 + p) * (width // 2 + 1) + column // 2 + q
             start = source * (4 * C) + (2 * p + q) * C
-            x = tl.load(x_ptr + start[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        else:
-            x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-        if HAS_RESIDUAL:
-            x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, mask=is_channel & (has_bias != 0), other=0.0)
+        residual = tl.load(residual_ptr + place, mask=inside & (has_residual != 0), other=0.0)
+        x = x + bias.to(tl.float32)[None, :] + residual.to(tl.float32)
         total = x.to(h_ptr.dtype.element_ty)
-        if STORE_TOTAL:
-            tl.store(total_ptr + place, total, mask=inside)
-        if HAS_NORM:
+        tl.store(total_ptr + place, total, mask=inside & (keeps_total != 0))
+        if has_norm != 0:
             x = total.to(tl.float32)
             length = tl.sqrt(tl.sum(x * x, 1))
             gamma = tl.load(gamma_ptr + channel, mask=is_channel, other=0.0).to(tl.float32) * root
             h = x * (1.0 / tl.maximum(length, eps))[:, None] * gamma[None, :]
-            if SILU:
+            if silu != 0:
                 h = h / (1.0 + tl.exp(-h))
             tl.store(h_ptr + place, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+    _run = Launcher(_kernel)
 
 
 def _launch(pending: Pending, gamma: Tensor | None, *, keep: bool, silu: bool) -> tuple[Tensor, Tensor]:
@@ -178,33 +186,54 @@ def _launch(pending: Pending, gamma: Tensor | None, *, keep: bool, silu: bool) -
     num_pixels = batch * height * width
     if num_pixels == 0:
         return total, h
-    block_c = triton.next_power_of_2(channels)
-    block_n = max(_TILE // block_c, 1)
-    with torch.cuda.device_of(conv):  # Triton launches on the current device
-        _kernel[(triton.cdiv(num_pixels, block_n),)](
+    constants = _constants(channels)
+    _run(
+        (-(-num_pixels // constants[2]), 1, 1),
+        (
             conv,
             conv if pending.bias is None else pending.bias,
             conv if residual is None else residual,
             conv if gamma is None else gamma,
             total,
             h,
+        ),
+        (
             num_pixels,
             height,
             width,
             float(channels) ** 0.5,
             EPSILON,
-            C=channels,
-            BLOCK_C=block_c,
-            BLOCK_N=block_n,
-            HAS_BIAS=pending.bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            IS_INTERLEAVED=pending.is_interleaved,
-            STORE_TOTAL=keep,
-            HAS_NORM=gamma is not None,
-            SILU=silu,
-            num_warps=4,
-        )
+            int(pending.bias is not None),
+            int(residual is not None),
+            int(pending.is_interleaved),
+            int(keep),
+            int(gamma is not None),
+            int(silu),
+        ),
+        constants,
+        _WARPS,
+    )
     return total, h
+
+
+def _constants(channels: int) -> tuple[int, int, int]:
+    """Channels, their block, and the pixels of a program."""
+    block = power_of_2(channels)
+    return channels, block, max(_TILE // block, 1)
+
+
+def variants(widths: Iterable[int], dtype: torch.dtype) -> list[Variant]:
+    """What pictures of so many channels run."""
+    return [
+        Variant(
+            launcher=_run,
+            types=(dtype,) * 6,
+            numbers=(1, 1, 1, 1.0, EPSILON, 0, 0, 0, 0, 0, 0),
+            constants=_constants(channels),
+            num_warps=_WARPS,
+        )
+        for channels in widths
+    ]
 
 
 def _empty(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

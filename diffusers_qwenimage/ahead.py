@@ -1,0 +1,81 @@
+"""Kernels compiled before they are called, several at a time.
+
+Triton compiles a variant of a kernel when it is called for the first time on a machine, with a compiler, an
+assembler and, in some of its versions, a C compiler as processes of their own: a third of a second to two
+for each, one after the other. Which variants a model will call is known from its configuration, so they are
+compiled in threads beside each other, those of the autoencoder while the transformer works.
+
+A call that comes before its variant is ready compiles it itself; nothing depends on this but time.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .kernels import backend
+from .transformer import QwenImageTransformer2DModel
+from .vae import AutoencoderKLQwenImage
+
+if TYPE_CHECKING:
+    from .kernels.launch import Variant
+
+logger = logging.getLogger(__name__)
+
+THREADS = 8  # most of a variant's time passes in processes or without Python's lock
+_STARTED: dict[tuple[torch.device, "Variant"], "Future[None]"] = {}
+
+
+def compile_transformer(model: Any, device: torch.device) -> "list[Future[None]]":
+    """Start compiling what the transformer's fused path calls on a device, where nothing is quantised."""
+    if not isinstance(model, QwenImageTransformer2DModel) or not _compiles(device):
+        return []
+    from .kernels import norm, rope
+
+    heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+    return _start(
+        [*norm.variants(heads * head_dim, model.dtype), *rope.variants(heads, head_dim, model.dtype)], device
+    )
+
+
+def compile_autoencoder(vae: Any, device: torch.device) -> "list[Future[None]]":
+    """Start compiling what the autoencoder's fused path calls on a device, for encoding and decoding."""
+    if not isinstance(vae, AutoencoderKLQwenImage) or vae.dtype.itemsize > 2 or not _compiles(device):
+        return []
+    from .kernels import vae_attention, vae_norm
+
+    widths = sorted({vae.config.base_dim * factor for factor in vae.config.dim_mult}, reverse=True)
+    return _start(
+        [*vae_attention.variants(widths[0], vae.dtype), *vae_norm.variants(widths, vae.dtype)], device
+    )
+
+
+def finish(compiling: "Iterable[Future[None]]") -> None:
+    """Wait until these are compiled; what failed fails again, and is reported, when it is called."""
+    futures = list(compiling)
+    wait(futures)
+    for future in futures:
+        if error := future.exception():
+            logger.info("A kernel was not compiled ahead: %s", error)
+
+
+def _compiles(device: torch.device) -> bool:
+    return device.type == "cuda" and backend(device).name == "triton"
+
+
+def _start(variants: "Sequence[Variant]", device: torch.device) -> "list[Future[None]]":
+    """One job for each variant that was not started before on the device."""
+    missing = [variant for variant in variants if (device, variant) not in _STARTED]
+    if missing:
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile-kernels")
+        for variant in missing:
+            _STARTED[device, variant] = pool.submit(_compile, variant, device)
+        pool.shutdown(wait=False)
+    return [_STARTED[device, variant] for variant in variants]
+
+
+def _compile(variant: "Variant", device: torch.device) -> None:
+    with torch.cuda.device(device):
+        variant.compile()
