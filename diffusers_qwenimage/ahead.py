@@ -28,6 +28,11 @@ THREADS = 8  # most of a variant's time passes in processes or without Python's 
 _STARTED: dict[tuple[torch.device, "Variant"], "Future[None]"] = {}
 
 
+def compile_both(transformer: Any, vae: Any, device: torch.device) -> "list[Future[None]]":
+    """Start compiling what both call on a device, the transformer's first."""
+    return [*compile_transformer(transformer, device), *compile_autoencoder(vae, device)]
+
+
 def compile_transformer(model: Any, device: torch.device) -> "list[Future[None]]":
     """Start compiling what the transformer's fused path calls on a device, where nothing is quantised."""
     if not isinstance(model, QwenImageTransformer2DModel) or not _compiles(device):
@@ -67,6 +72,7 @@ def _compiles(device: torch.device) -> bool:
 
 def _start(variants: "Sequence[Variant]", device: torch.device) -> "list[Future[None]]":
     """One job for each variant that was not started before on the device."""
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     missing = [variant for variant in variants if (device, variant) not in _STARTED]
     if missing:
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile-kernels")

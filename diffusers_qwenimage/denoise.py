@@ -29,6 +29,7 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
+from .ahead import compile_transformer, finish
 from .graphs import ModelCall, forward, graphs_of, signature_of
 from .kernels import backend
 from .prompt import pad
@@ -130,6 +131,7 @@ def denoise(
         on_step: see `OnStep`.
         interrupted: asked before each step; True ends the loop with the latents as they are.
     """
+    finish(compile_transformer(transformer, inputs.latents.device))
     predict = _predictor(transformer, inputs)
     latents, prompt = inputs.latents, inputs.prompt
     for index, timestep in enumerate(inputs.timesteps):
@@ -200,7 +202,7 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
         """The velocity of each branch that is asked for, in one pass where the model allows it."""
         residuals = _residuals(inputs, index, sigmas[index], latents, branches.prompt)
         tokens = latents if inputs.reference is None else torch.cat([latents, inputs.reference], dim=1)
-        if len(texts) > 1 and ours and not (model.is_cache_enabled or model.separate_guidance):
+        if len(texts) > 1 and ours and not model.is_cache_enabled:
             # Every weight is read once per step.
             together = call(index, tokens, [sample for text in texts for sample in text], residuals)
             return list(together.chunk(len(texts)))

@@ -11,6 +11,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .ahead import compile_autoencoder, finish
+
 PATCH = 2  # side of the square of latent pixels that a token holds
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -81,6 +83,7 @@ def encode(vae: Any, pixels: Tensor, *, generator: Generators = None, sample: bo
 
 def decode(vae: Any, latents: Tensor, rows: int, columns: int) -> Tensor:
     """Normalised packed latents to pictures [B, 3, height, width] in [-1, 1]."""
+    finish(compile_autoencoder(vae, latents.device))
     raw = unpack(latents, rows, columns).to(vae.dtype)
     mean, inverse_std = _statistics(vae, raw)
     pixels: Tensor = vae.decode(raw / inverse_std + mean, return_dict=False)[0]
@@ -88,6 +91,7 @@ def decode(vae: Any, latents: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None, sample: bool) -> Tensor:
+    finish(compile_autoencoder(vae, pixels.device))
     posterior = vae.encode(pixels[:, :, None]).latent_dist
     raw: Tensor = posterior.sample(generator) if sample else posterior.mode()
     return raw

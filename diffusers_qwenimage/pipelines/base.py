@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusers_qwenimage import latents as packing
+from diffusers_qwenimage.ahead import compile_autoencoder
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.graphs import release_when_full
 from diffusers_qwenimage.loading import check_source, model_folder
@@ -333,6 +334,7 @@ class QwenImagePipelineBase(
         """Denoise, decode, and give back pictures as asked; `finish` may change them."""
         inputs = replace(inputs, guidance_interval=interval, step_cache=self.step_cache)
         self._num_timesteps = len(inputs.timesteps)
+        compile_autoencoder(self.vae, inputs.latents.device)  # while the transformer works
         try:
             with (
                 self._denoising(demand_of(inputs)),

@@ -1,6 +1,7 @@
 """Speed of a pipeline: one call that chooses for the machine, and the switches behind it."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
+from diffusers_qwenimage.ahead import compile_both, finish
 from diffusers_qwenimage.graphs import LAUNCH_BOUND, graphs_of
 from diffusers_qwenimage.kernels import backend
 from diffusers_qwenimage.step_cache import ForecastCache
@@ -112,6 +114,7 @@ class SpeedMixin:
             name = f"{type(transformer).__module__}.{type(transformer).__qualname__}"
             chosen.add("transformer", "as it is", f"it is a {name}, not the package's own")
         _choose_autoencoder(pipe.vae, chosen)
+        _compile(transformer, pipe.vae, chosen)
         self.enable_step_cache(step_cache) if step_cache is not None else self.disable_step_cache()
         chosen.add(
             "step cache",
@@ -295,6 +298,18 @@ def _choose_graphs(transformer: QwenImageTransformer2DModel, mode: str, chosen: 
             "auto",
             f"a shape is recorded when launching takes {LAUNCH_BOUND:.0%} of its second step or more",
         )
+
+
+def _compile(transformer: Any, vae: Any, chosen: Choices) -> None:
+    """Compile the kernels now, and not in the first picture."""
+    device = next(transformer.parameters()).device
+    start = time.perf_counter()
+    compiling = compile_both(transformer, vae, device)
+    if compiling:
+        finish(compiling)
+        seconds = time.perf_counter() - start
+        reason = f"in {seconds:.1f} s; Triton keeps them on disk for later processes"
+        chosen.add("compiling", f"{len(compiling)} kernels", reason)
 
 
 def _choose_autoencoder(vae: Any, chosen: Choices) -> None:
