@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_qwenimage import latents as packing
+from diffusers_qwenimage.ahead import compile_autoencoder
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.images import open_image
 from diffusers_qwenimage.loading import load_scheduler
@@ -201,6 +202,7 @@ class QwenImagePipeline(VramManagementMixin):
             if clean is not None and denoising_strength == 0:
                 final = clean
             else:
+                compile_autoencoder(self.vae, self.device)  # while the transformer works
                 on_step = _progress(progress_bar_cmd, timesteps)
                 with self._denoising(demand_of(inputs)):
                     final = denoise(self.dit, self.scheduler, inputs, on_step=on_step)
@@ -215,6 +217,9 @@ class QwenImagePipeline(VramManagementMixin):
 
     def _vram_device(self, device: str | torch.device | None) -> torch.device:
         return device_of(self.device if device is None else device)
+
+    def _refuse_other_offloading(self) -> None:
+        """This pipeline has no other."""
 
     def _require(self, *names: str) -> None:
         for name in names:
