@@ -59,11 +59,12 @@ def fuse_(module: nn.Module) -> int:
     """Let queries, keys and values of every attention in `module` share one storage per stream.
 
     Returns:
-        How many groups of three share a storage now. Groups that cannot (quantised, trained, on the meta
+        How many groups of three share a storage now. Groups that cannot (`_may_be_trained`, on the meta
         device, of mixed types, with hooks) are left alone.
     """
+    gradients = torch.is_grad_enabled()
     return sum(
-        _fuse_group([getattr(part, name) for name in names])
+        _fuse_group([getattr(part, name) for name in names], gradients)
         for part in module.modules()
         for names in GROUPS
         if all(hasattr(part, name) for name in names)
@@ -200,7 +201,7 @@ def _base_into(out: Tensor, x: Tensor, layers: Sequence[OpenLinear]) -> bool:
 
 
 @torch.no_grad()
-def _fuse_group(modules: Sequence[nn.Module]) -> bool:
+def _fuse_group(modules: Sequence[nn.Module], gradients: bool) -> bool:
     layers: list[Any] = [getattr(module, "base_layer", module) for module in modules]
     kinds = {(type(layer), getattr(layer, "kind", None)) for layer in layers}
     if len(kinds) > 1 or type(layers[0]) not in (nn.Linear, QuantizedLinear) or any(map(is_hooked, layers)):
@@ -214,14 +215,31 @@ def _fuse_group(modules: Sequence[nn.Module]) -> bool:
     for tensors in (weights, biases, scales):
         if len({(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}) > 1:
             return False
-        if any(tensor.requires_grad for tensor in tensors):  # an optimiser may own their memory
-            return False
+    apart = [tensors for tensors in (weights, biases, scales) if tensors and joined(tensors) is None]
+    if apart and any(_may_be_trained(layer, gradients) for layer in layers):
+        return False
     with torch.inference_mode(False):
-        for tensors in (weights, biases, scales):
-            if tensors and joined(tensors) is None:
-                parts = torch.cat([tensor.detach() for tensor in tensors]).split(
-                    [tensor.shape[0] for tensor in tensors]
-                )
-                for tensor, part in zip(tensors, parts, strict=True):
-                    tensor.data = part
+        for tensors in apart:
+            parts = torch.cat([tensor.detach() for tensor in tensors]).split(
+                [tensor.shape[0] for tensor in tensors]
+            )
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.data = part
     return True
+
+
+def _may_be_trained(layer: nn.Module, gradients: bool) -> bool:
+    """Whether somebody may count on where the layer's weights are, an optimiser or a recorded step.
+
+    Weights just loaded want gradients too. They may move while gradients are off if the layer is not in
+    training, has none yet, and shares its memory with nothing: optimisers that shard keep all weights in one
+    buffer.
+    """
+    return any(
+        gradients
+        or layer.training
+        or tensor.grad is not None
+        or tensor.untyped_storage().nbytes() != tensor.nbytes
+        for tensor in layer.parameters(recurse=False)
+        if tensor.requires_grad
+    )

@@ -85,6 +85,42 @@ def test_what_is_not_fused():
         assert [p.data_ptr() for p in module.parameters()] == pointers
 
 
+def test_weights_that_want_gradients_move_only_for_inference():
+    module = Trio().to(DEVICE).eval()
+    assert projections.fuse_(module) == 0  # gradients are on
+    with torch.no_grad():
+        for spoil in (in_training, with_a_gradient, in_one_buffer):
+            other = copy.deepcopy(module)
+            spoil(other)
+            pointers = [p.data_ptr() for p in other.parameters()]
+            assert projections.fuse_(other) == 0
+            assert [p.data_ptr() for p in other.parameters()] == pointers
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        assert projections.fuse_(module) == 1
+    assert projections.joined([part.weight for part in module.parts()]) is not None
+    before = module.to_k.weight.detach().clone()
+    module.to_k(random(5, 48)).sum().backward()
+    optimizer.step()  # of weights that were moved after it was made
+    assert torch.equal(module.to_k.weight, before - module.to_k.weight.grad)
+    assert projections.fuse_(module) == 1  # it is so already
+
+
+def in_training(module):
+    module.train()
+
+
+def with_a_gradient(module):
+    module.to_q.bias.grad = torch.zeros_like(module.to_q.bias)
+
+
+def in_one_buffer(module):
+    flat = torch.cat([p.flatten() for p in module.parameters()])
+    for parameter, part in zip(
+        module.parameters(), flat.split([p.numel() for p in module.parameters()]), strict=True
+    ):
+        parameter.data = part.view_as(parameter)
+
+
 def test_neighbours_of_different_storages_are_not_joined():
     storage = torch.arange(8.0)
     a, b = storage[:4].view(2, 2), storage[4:].view(2, 2)

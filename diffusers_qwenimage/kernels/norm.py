@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
-from .launch import Launcher, Variant, power_of_2
+from .launch import Launcher, Variant, num_processors, power_of_2
 from .rows import LIMITS, Rows, Target, quantize_rows_reference
 
 if triton_is_installed():
@@ -72,7 +72,7 @@ def _per_token(parameter_MD: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
 
 if triton_is_installed():
 
-    @triton.jit(do_not_specialize=["eps"])
+    @triton.jit(do_not_specialize=["num_tokens", "eps"])
     def _norm_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         y_ptr,
@@ -83,6 +83,7 @@ if triton_is_installed():
         total_ptr,
         h_ptr,
         row_scale_ptr,
+        num_tokens,
         eps,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -92,33 +93,53 @@ if triton_is_installed():
         HAS_INDEX: tl.constexpr,
         LIMIT: tl.constexpr,  # largest value of 8 bits, 0 if h is not quantised
         ROTATION: tl.constexpr,
+        ONCE: tl.constexpr,  # cache policy of what is not read again soon
     ):
-        token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < D
-        which = token * 0
-        if HAS_INDEX:
-            which = tl.load(index_ptr + token).to(tl.int64)
-        x = tl.load(x_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
+        first, programs = tl.program_id(0), tl.num_programs(0)
+        if not HAS_INDEX:  # read once for all tokens of the program
+            if HAS_GATE:
+                gate = tl.load(gate_ptr + column, mask=inside, other=0.0)
+            if HAS_NORM:
+                scale = tl.load(scale_ptr + column, mask=inside, other=0.0)
+                shift = tl.load(shift_ptr + column, mask=inside, other=0.0)
+        at = first.to(tl.int64) * D + column
+        step = programs.to(tl.int64) * D
+        x_next = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy=ONCE)
         if HAS_GATE:
-            y = tl.load(y_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-            total = (x + gate * y).to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + token * D + column, total, mask=inside)
-            x = total.to(tl.float32)
-        if HAS_NORM:
-            mean = tl.sum(x, 0) / D
-            centred = tl.where(inside, x - mean, 0.0)
-            inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-            scale = tl.load(scale_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + which * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-            h = centred * inverse * (1.0 + scale) + shift
-            if LIMIT == 0:
-                tl.store(h_ptr + token * D + column, h.to(h_ptr.dtype.element_ty), mask=inside)
-            else:
-                values, row_scale = quantize_row(h, LIMIT, BLOCK, ROTATION)
-                tl.store(h_ptr + token * D + column, values.to(h_ptr.dtype.element_ty), mask=inside)
-                tl.store(row_scale_ptr + token, row_scale)
+            y_next = tl.load(y_ptr + at, mask=inside, other=0.0, eviction_policy=ONCE)
+        for token in range(first, num_tokens, programs):
+            if HAS_INDEX:
+                row = tl.load(index_ptr + token).to(tl.int64) * STRIDE + column
+                if HAS_GATE:
+                    gate = tl.load(gate_ptr + row, mask=inside, other=0.0)
+                if HAS_NORM:
+                    scale = tl.load(scale_ptr + row, mask=inside, other=0.0)
+                    shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
+            # The next token is on its way while this one is computed.
+            ahead = at + step
+            is_there = inside & (token + programs < num_tokens)
+            x = x_next.to(tl.float32)
+            x_next = tl.load(x_ptr + ahead, mask=is_there, other=0.0, eviction_policy=ONCE)
+            if HAS_GATE:
+                y = y_next.to(tl.float32)
+                y_next = tl.load(y_ptr + ahead, mask=is_there, other=0.0, eviction_policy=ONCE)
+                total = (x + gate.to(tl.float32) * y).to(total_ptr.dtype.element_ty)
+                tl.store(total_ptr + at, total, mask=inside)
+                x = total.to(tl.float32)
+            if HAS_NORM:
+                mean = tl.sum(x, 0) / D
+                centred = tl.where(inside, x - mean, 0.0)
+                inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+                h = centred * inverse * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+                if LIMIT == 0:
+                    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+                else:
+                    values, row_scale = quantize_row(h, LIMIT, BLOCK, ROTATION)
+                    tl.store(h_ptr + at, values.to(h_ptr.dtype.element_ty), mask=inside)
+                    tl.store(row_scale_ptr + token, row_scale)
+            at = ahead
 
     _run = Launcher(_norm_kernel)
 
@@ -155,10 +176,13 @@ def _launch_rows(
     has_gate: bool,
     has_norm: bool,
     target: Target | None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x', h and the scales of its rows; what is not asked for comes back as `x`.
 
-    `rows` are gate, scale and shift, each beginning `offsets` elements after its tensor's first.
+    `rows` are gate, scale and shift, each beginning `offsets` elements after its tensor's first. `in_place`
+    writes x' over x, which must be contiguous.
     """
     width = x.shape[-1]
     if not x.is_contiguous():
@@ -168,7 +192,7 @@ def _launch_rows(
     elif not y.is_contiguous():
         y = y.contiguous()
     num_tokens = x.numel() // width
-    total = torch.empty_like(x) if has_gate else x
+    total = torch.empty_like(x) if has_gate and not in_place else x
     h = row_scale = x
     if target is not None:
         h = torch.empty((num_tokens, width), dtype=target.dtype, device=x.device)
@@ -179,19 +203,42 @@ def _launch_rows(
         return total, h, row_scale
     block = power_of_2(width)
     limit, rotation = (0.0, 0) if target is None else (LIMITS[target.dtype], target.rotation)
+    programs, warps = _programs(num_tokens, block, x.device)
     _run(
-        (num_tokens, 1, 1),
+        (programs, 1, 1),
         (x, y, *rows, x if index is None else index, total, h, row_scale),
-        (eps,),
-        (width, block, stride * (index is not None), has_gate, has_norm, index is not None, limit, rotation),
-        _num_warps(block),
+        (num_tokens, eps),
+        (
+            width,
+            block,
+            0 if index is None else stride,
+            has_gate,
+            has_norm,
+            index is not None,
+            limit,
+            rotation,
+            once,
+        ),
+        warps,
         (0, 0, *offsets, 0, 0, 0, 0) if any(offsets) else None,
     )
     return total, h, row_scale
 
 
-def _num_warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
+programs_per_processor = 8
+warps_override = 0
+once = "evict_first"
+
+
+def _programs(num_tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Programs, each for every so-manieth token, and the warps of each.
+
+    The warps follow from the width alone: sums are then added in one order for any number of tokens.
+    """
+    warps = warps_override or min(max(block // 1024, 1), 16)
+    if programs_per_processor == 0:
+        return num_tokens, warps
+    return min(num_tokens, programs_per_processor * num_processors(device)), warps
 
 
 def variants(width: int, dtype: torch.dtype) -> list[Variant]:
@@ -201,9 +248,9 @@ def variants(width: int, dtype: torch.dtype) -> list[Variant]:
         Variant(
             launcher=_run,
             types=(dtype,) * 9,
-            numbers=(EPSILON,),
-            constants=(width, block, 0, has_gate, has_norm, False, 0.0, 0),
-            num_warps=_num_warps(block),
+            numbers=(1, EPSILON),
+            constants=(width, block, 0, has_gate, has_norm, False, 0.0, 0, once),
+            num_warps=_programs(1, block, torch.device("cpu"))[1],
         )
         for has_gate, has_norm in ((False, True), (True, True), (True, False))
     ]
@@ -290,6 +337,33 @@ def mlp_add(x: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, trit
     rows = (modulation, modulation, modulation)
     parts, stride = (5 * width, 0, 0), modulation.stride(0)
     return _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, False, None)[0]
+
+
+def second_norm(
+    x: Tensor, modulation: Tensor, index: Tensor | None, target: Target | None, triton: bool
+) -> Tensor | Rows:
+    """h [N, D] for the MLP of a block where `x` is x' already; arguments as in `attention_norm`."""
+    width = x.shape[-1]
+    if not triton:
+        shift, scale = modulation[:, 3 * width : 4 * width], modulation[:, 4 * width : 5 * width]
+        return _quantized(norm_modulate_reference(x, scale, shift, index).view(-1, width), target)
+    rows = (modulation, modulation, modulation)
+    parts, stride = (0, 4 * width, 3 * width), modulation.stride(0)
+    _, h, row_scale = _launch_rows(x, None, rows, parts, stride, index, EPSILON, False, True, target)
+    return h.view(-1, width) if target is None else Rows(h, row_scale)
+
+
+def gate_add_(
+    x: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, triton: bool, *, part: int
+) -> None:
+    """x' in the place of `x` [N, D], contiguous; `part`: which sixth of the modulation is the gate."""
+    width = x.shape[-1]
+    if not triton:
+        x.copy_(gate_add_reference(x, y, modulation[:, part * width : (part + 1) * width], index))
+        return
+    rows = (modulation, modulation, modulation)
+    parts, stride = (part * width, 0, 0), modulation.stride(0)
+    _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, False, None, in_place=True)
 
 
 def _quantized(h: Tensor, target: Target | None) -> Tensor | Rows:
