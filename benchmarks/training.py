@@ -1,15 +1,16 @@
-"""A LoRA training step of the transformer at its true size, beside diffusers + PEFT over the same weights.
+"""A LoRA training step of the transformer at its true size, beside its peers over the same weights.
 
     python benchmarks/training.py [--cases stock resident ...] [--side 1024] [--results FILE]
 
 Rank 32 on the README's twelve modules, one picture a step, random weights. A step is everything from noisy
-latents to updated weights: forward, loss, backward, clipping, AdamW. "diffusers + PEFT" trains bf16 factors
-with gradient checkpointing, ours fp32 factors. Times are medians after warm-up; memory is the peak of the
-steps. Cases of 60 blocks need an 80 GB GPU.
+latents to updated weights: forward, loss, backward, clipping, AdamW. The peers train bf16 factors with
+gradient checkpointing, ours fp32 factors. Times are medians after warm-up; memory is the peak of the steps.
+Cases of 60 blocks need an 80 GB GPU.
 
     embedded    LoRA gradients of the small trained model over bases in bf16 and in 8 bits, against fp32
     error       LoRA gradients of 4 blocks in bf16 against fp32: diffusers + PEFT, and ours
     stock       diffusers + PEFT, its kernels launched one by one
+    diffsynth   DiffSynth-Studio's model class with its LoRA and checkpointing (the package diffsynth)
     resident    ours, base in bf16 on the device, steps recorded as CUDA graphs
     stream      ours within --vram_limit GB, base in bf16 from host memory; the model then stays streamed
     fp8, int8   ours, base in 8 bits: one of the two in a run
@@ -19,80 +20,45 @@ steps. Cases of 60 blocks need an 80 GB GPU.
 """
 
 import argparse
-import gc
-import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from peft import LoraConfig
-from results import RESULTS, record
+from results import RESULTS
 from torch import Tensor
+from training_peers import DiffSynthTransformer, add_stock_adapter, stock_of
 from training_small import fill_factors, measure_embedded, measure_trainer, relative
+from training_steps import (
+    GIB,
+    SIGMAS,
+    Setting,
+    build,
+    gradients_of,
+    measure_launched,
+    measure_recorded,
+    release,
+    report_error,
+    velocity_of,
+    wait,
+)
 
-from diffusers_qwenimage import QwenImageTransformer2DModel
 from diffusers_qwenimage.kernels import backend, set_backend
 from diffusers_qwenimage.offload import stream
 from diffusers_qwenimage.quantize import quantize_
-from diffusers_qwenimage.training.batch import Batch
-from diffusers_qwenimage.training.config import LORA_TARGETS, TrainConfig
-from diffusers_qwenimage.training.graphs import StepGraphs
+from diffusers_qwenimage.training.config import TrainConfig
 from diffusers_qwenimage.training.memory import unit_bytes, weights_budget
 from diffusers_qwenimage.training.modulation import ModulationRows
-from diffusers_qwenimage.training.objective import flow_matching_loss
 from diffusers_qwenimage.training.optimizers import make_optimizer
 from diffusers_qwenimage.training.trained import add_adapter_, enable_checkpointing_
 
-GIB = 2**30
 CASES = (
-    "embedded",
-    "error",
-    "stock",
-    "gradient",
-    "resident",
-    "stream",
-    "fp8",
-    "trainer",
-    "stream-fp8",
-    "int8",
+    *("embedded", "error", "stock", "diffsynth", "gradient", "resident", "stream", "fp8", "trainer"),
+    *("stream-fp8", "int8"),
 )
 MODES = ("full", "none", "selective")
-SIGMAS = (0.890625, 0.703125, 0.5, 0.296875)  # exact in bf16
-TEXT_TOKENS = 128
-TINY = {
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "axes_dims_rope": (4, 6, 6),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all cases share."""
-
-    device: torch.device
-    side: int
-    blocks: int
-    tiny: bool
-    steps: int
-    modes: tuple[str, ...]
-    vram_limit: float
-    results: Path
-
-    def note(self, case: str, value: float, unit: str, peak: float | None = None) -> None:
-        """A row of the table."""
-        record("training", case, value, unit, peak_memory_gib=peak, path=self.results)
-
-    def label(self, case: str) -> str:
-        """The case with the picture's size."""
-        return f"{self.side}x{self.side}, rank 32, {self.blocks} blocks, {case}"
 
 
 def main() -> None:
@@ -133,6 +99,9 @@ def main() -> None:
     release()
     model = build(setting, torch.bfloat16)
     gradient = measure_stock(setting, model, "gradient" in rest) if "stock" in rest else {}
+    release()
+    if "diffsynth" in rest:
+        measure_diffsynth(setting, model)
     release()
     ours = Ours(setting, model)
     if "resident" in rest:
@@ -184,6 +153,17 @@ def measure_stock(setting: Setting, ours: Any, wants_gradient: bool) -> dict[str
     return gradient
 
 
+def measure_diffsynth(setting: Setting, ours: Any) -> None:
+    """DiffSynth-Studio's model class, LoRA and gradient checkpointing."""
+    try:
+        peer = DiffSynthTransformer(ours)
+    except ValueError as error:
+        print(error, flush=True)
+        return
+    optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
+    measure_launched(setting, "DiffSynth-Studio, checkpointing", peer, optimizer)
+
+
 class Ours:
     """Our model with its adapter, at first in bf16 on the device."""
 
@@ -233,7 +213,7 @@ class Ours:
         optimizer = make_optimizer(config, [p for p in self.model.parameters() if p.requires_grad])
         case = f"ours, {name}, checkpointing {mode}"
         if self.setting.device.type == "cuda":
-            measure_recorded(self.setting, case, self, optimizer)
+            measure_recorded(self.setting, case, self.model, self.table, optimizer)
         else:
             measure_launched(self.setting, case, self.model, optimizer, self.table)
 
@@ -282,223 +262,9 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
     ours.measure("full", f"{name} within {setting.vram_limit:g} GB")
 
 
-# --- models ---
-
-
-def build(setting: Setting, dtype: torch.dtype) -> Any:
-    """Our transformer with random weights, N(0, 0.02), norms 1; the same for every call."""
-    with torch.device("meta"):
-        ours = QwenImageTransformer2DModel(num_layers=setting.blocks, **(TINY if setting.tiny else {})).to(
-            dtype
-        )
-    ours.to_empty(device=setting.device)
-    generator = torch.Generator(setting.device).manual_seed(0)
-    for name, parameter in ours.named_parameters():
-        if "norm" in name and parameter.ndim == 1 and name.endswith("weight"):
-            parameter.data.fill_(1)
-        else:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    return ours.requires_grad_(False)
-
-
-def stock_of(ours: Any) -> Any:
-    """diffusers' transformer over the same weights."""
-    config = {key: value for key, value in ours.config.items() if not key.startswith("_")}
-    with torch.device("meta"):
-        stock = diffusers.QwenImageTransformer2DModel(**config).to(ours.dtype)
-    # diffusers keeps its rotary tables as plain tensors: on the meta device they have no values.
-    axes = list(ours.config.axes_dims_rope)
-    stock.pos_embed = type(stock.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
-    weights = {name: value.detach() for name, value in ours.state_dict().items()}
-    stock.load_state_dict(weights, assign=True)
-    return stock.requires_grad_(False).train()
-
-
-def add_stock_adapter(stock: Any, dtype: torch.dtype) -> None:
-    """The LoRA as PEFT adds it, its factors in `dtype`."""
-    stock.add_adapter(LoraConfig(r=32, lora_alpha=32, target_modules=LORA_TARGETS.split(",")))
-    for parameter in stock.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    fill_factors(stock)
-
-
 def config_of(**changes: Any) -> TrainConfig:
     """A LoRA run's options."""
     return TrainConfig(dataset_base_path="", lora_base_model="dit", dtype="bfloat16", **changes)
-
-
-# --- measuring ---
-
-
-def batch_of(model: Any, setting: Setting, dtype: torch.dtype, step: int = 0) -> Batch:
-    """The batch of a step, in host memory."""
-    grid, generator = setting.side // 16, torch.Generator().manual_seed(step)
-    channels, width = model.config.in_channels, model.config.joint_attention_dim
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    sigma = torch.tensor([SIGMAS[step % len(SIGMAS)]])
-    batch = Batch(
-        clean=random(1, grid * grid, channels),
-        noise=random(1, grid * grid, channels),
-        sigma=sigma,
-        prompt=[random(TEXT_TOKENS, width).to(dtype)],
-        sigma_on_host=sigma,
-        grid=(grid, grid),
-        names=("",),
-        counter=step,
-    )
-    return batch.map(lambda tensor: tensor.pin_memory()) if setting.device.type == "cuda" else batch
-
-
-def loss_of(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The loss of a batch on the device."""
-    stock = not isinstance(model, QwenImageTransformer2DModel)
-    loss: Tensor = flow_matching_loss(
-        _with_tensor_text(model) if stock else model,
-        batch.clean,
-        batch.noise,
-        batch.sigma,
-        torch.ones_like(batch.sigma),
-        batch.prompt,
-        batch.grid,
-        dtype=dtype,
-    ).mean()
-    return loss
-
-
-def modulated(table: ModulationRows | None, batch: Batch) -> AbstractContextManager[None]:
-    """Within, the modulation is that of the batch."""
-    return nullcontext() if table is None else table.of(batch.sigma_on_host)
-
-
-def _with_tensor_text(model: Any) -> Callable[..., Any]:
-    """diffusers' forward, which takes the text as one tensor."""
-
-    def call(*, encoder_hidden_states: Sequence[Tensor], **arguments: Any) -> Any:
-        return model(encoder_hidden_states=torch.stack(list(encoder_hidden_states)), **arguments)
-
-    return call
-
-
-def velocity_of(model: Any, setting: Setting, dtype: torch.dtype) -> Tensor:
-    """The model's prediction."""
-    batch = batch_of(model, setting, dtype).to(setting.device)
-    velocity: Tensor = model(
-        hidden_states=batch.noise.to(dtype),
-        encoder_hidden_states=batch.prompt,
-        timestep=batch.sigma,
-        img_shapes=[[(1, *batch.grid)]],
-        return_dict=False,
-    )[0]
-    return velocity
-
-
-def gradients_of(
-    model: Any, setting: Setting, dtype: torch.dtype, table: ModulationRows | None = None
-) -> dict[str, Tensor]:
-    """The LoRA's gradients of one step."""
-    batch = batch_of(model, setting, dtype)
-    with modulated(table, batch):
-        loss_of(model, batch.to(setting.device), dtype).backward()
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    found = {name: parameter.grad for name, parameter in named}
-    for _, parameter in named:
-        parameter.grad = None
-    return found  # type: ignore[return-value]
-
-
-def measure_launched(
-    setting: Setting,
-    case: str,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    table: ModulationRows | None = None,
-) -> None:
-    """Median time of a step whose kernels are launched one by one, and the peak of memory."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    times, launched = [], []
-    start(setting)
-    for step in range(setting.steps + 1):
-        started = time.perf_counter()
-        batch = batch_of(model, setting, torch.bfloat16, step)
-        with modulated(table, batch):
-            loss_of(model, batch.to(setting.device), torch.bfloat16).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        launched.append(time.perf_counter() - started)
-        assert torch.isfinite(norm), "the gradient is not finite"
-        optimizer.step()
-        optimizer.zero_grad()
-        wait(setting)
-        times.append(time.perf_counter() - started)
-    report(setting, case, times[1:])
-    setting.note(setting.label(f"{case}, launching"), statistics.median(launched[1:]) * 1000, "ms/step")
-
-
-def measure_recorded(setting: Setting, case: str, ours: Ours, optimizer: torch.optim.Optimizer) -> None:
-    """The same with steps recorded as CUDA graphs; the peak includes the recording."""
-    parameters = [parameter for parameter in ours.model.parameters() if parameter.requires_grad]
-    graphs = StepGraphs(
-        loss=lambda batch: loss_of(ours.model, batch, torch.bfloat16),
-        model=ours.model,
-        kept=lambda batch: ours.model.pos_embed([(1, *batch.grid)], TEXT_TOKENS, setting.device),
-        parameters=parameters,
-        optimizer=optimizer,
-        max_norm=1.0,
-    )
-    times: list[float] = []
-    start(setting)
-    for step in range(setting.steps + 3):
-        started = time.perf_counter()
-        batch = batch_of(ours.model, setting, torch.bfloat16, step)
-        with modulated(ours.table, batch):
-            recorded = graphs.gradients(batch)
-            if recorded is None:
-                loss_of(ours.model, batch.to(setting.device), torch.bfloat16).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        if recorded is not None:
-            assert torch.isfinite(recorded[1]), "the gradient is not finite"  # waits, as the trainer does
-            graphs.update()
-        wait(setting)
-        times.append(time.perf_counter() - started)
-    report(setting, case, times[3:])
-    setting.note(setting.label(f"{case}, recording a step"), times[1], "s")
-    setting.note(setting.label(f"{case}, memory reserved"), torch.cuda.max_memory_reserved() / GIB, "GiB")
-
-
-def start(setting: Setting) -> None:
-    """Before steps are measured."""
-    release()
-    if setting.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def report(setting: Setting, case: str, times: Sequence[float]) -> None:
-    """A row with the median of `times` and the peak of memory."""
-    peak = torch.cuda.max_memory_allocated() / GIB if setting.device.type == "cuda" else None
-    setting.note(setting.label(case), statistics.median(times) * 1000, "ms/step", peak)
-
-
-def report_error(setting: Setting, name: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Distance of a gradient from the exact one."""
-    case = f"LoRA gradient against fp32, relative error, {name}"
-    setting.note(setting.label(case), relative(found, exact), "")
-
-
-def wait(setting: Setting) -> None:
-    """Let the device finish."""
-    if setting.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def release() -> None:
-    """Give memory back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
