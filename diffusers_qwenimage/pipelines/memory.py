@@ -1,12 +1,14 @@
 """`enable_vram_management`, `memory_report`: for the pipelines of both doors."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 
+from diffusers_qwenimage.ahead import compile_both
 from diffusers_qwenimage.checkpoint import Checkpoint
 from diffusers_qwenimage.offload import Source
 from diffusers_qwenimage.offload.stream import device_of
@@ -15,14 +17,14 @@ from .in_place import open_components
 from .memory_report import MemoryReport, component_reports
 from .needs import Demand
 from .rates import forward_flops, forward_seconds, measured_rates
-from .vram import VramManager, available_bytes
+from .vram import VramManager, available_bytes, context_bytes, measured_peak
 from .vram_plan import GIB, Parts, compute_dtype
 
 logger = logging.getLogger(__name__)
 
 
-class VramManagementMixin:
-    """Device memory as a budget. The class around it has `_vram_parts` and `_vram_demand`."""
+class VramManagementMixin(ABC):
+    """Device memory as a budget; the class around it says of what, for which pictures and where."""
 
     _vram: VramManager | None = None
 
@@ -44,8 +46,9 @@ class VramManagementMixin:
         Quantise and fuse before, load LoRAs before or after. Call it again to change the budget.
 
         Args:
-            vram_limit: GiB that the pipeline may use. None: all that is free on the device. 0: as little as
-                can be. Below what can work, the least that works is used, with a warning.
+            vram_limit: GiB that may be in use on the device, CUDA's own half a GiB included. None: all that
+                is free on it. 0: as little as can be. Below what can work, the least that works is used, with
+                a warning.
             vram_buffer: GiB of that which stay unplanned, since sizes of activations are estimates.
             num_persistent_param_in_dit: the most parameters of the transformer that stay on the device. Will
                 be removed; use `vram_limit`.
@@ -86,22 +89,24 @@ class VramManagementMixin:
         if num_persistent_param_in_dit is not None:
             logger.warning("num_persistent_param_in_dit will be removed; use vram_limit.")
         self._refuse_other_offloading()
-        buffer = round(vram_buffer * GIB)
-        if limit is None:
-            budget = available_bytes(self._vram_parts(), target) - buffer
-        else:
-            budget = limit - buffer
+        buffer, context = round(vram_buffer * GIB), context_bytes(target)
+        budget = available_bytes(self._vram_parts(), target)
+        if limit is not None:
+            budget = min(budget, limit - context)
         manager = VramManager(
             self._vram_parts,
             target,
-            budget=budget,
+            budget=budget - buffer,
             buffer=buffer,
+            context=context,
             strict=strict,
             persistent_parameters=num_persistent_param_in_dit,
             source=source,
             show_progress=self._shows_progress(),
             files=files,
         )
+        parts = self._vram_parts()
+        compile_both(parts.transformer, parts.vae, target)  # while weights are moved
         manager.prepare(demand or self._vram_demand())
         if self._vram is not None:
             self._vram.stop_managing()
@@ -125,6 +130,7 @@ class VramManagementMixin:
         if self._vram is None or self._vram.plan is None:
             raise ValueError("There is nothing to report before enable_vram_management().")
         plan, device, parts = self._vram.plan, self._vram.device, self._vram_parts()
+        aside = self._vram.aside
         rates = measured_rates(device, compute_dtype(parts))
         demand, seconds, resident = plan.demand, 0.0, 0.0
         if parts.transformer is not None:
@@ -136,37 +142,42 @@ class VramManagementMixin:
         ratio = parts.vae.spatial_compression_ratio if parts.vae is not None else 1
         return MemoryReport(
             device=str(device),
-            budget=plan.budget,
+            budget=None if plan.budget is None else plan.budget + aside,
+            buffer=self._vram.buffer,
+            context=self._vram.context,
             demand=demand,
             components=component_reports(plan),
             peaks=dict(plan.peaks),
-            smallest=plan.smallest_bytes,
+            smallest=plan.smallest_bytes + aside,
             pinned=plan.host_bytes,
             tile=None if plan.tile is None else plan.tile * ratio,
             frugal=plan.frugal,
             seconds_per_step=seconds,
             seconds_resident=resident,
             rates=rates,
-            measured_peak=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+            measured_peak=measured_peak(device),
         )
 
     # --- for the pipelines ---
 
+    @abstractmethod
     def _vram_parts(self) -> Parts:
-        raise NotImplementedError
+        """The components as they are now."""
 
+    @abstractmethod
     def _vram_demand(self) -> Demand:
         """What is planned for at first: the default picture, guided."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _vram_device(self, device: str | torch.device | None) -> torch.device:
-        raise NotImplementedError
+        """What to compute on, where the user asks for `device`."""
 
     def _shows_progress(self) -> bool:
         return True
 
+    @abstractmethod
     def _refuse_other_offloading(self) -> None:
-        """Raise if something else moves the weights."""
+        """Raise ValueError if something else moves the weights."""
 
     def _encoding_text(self) -> AbstractContextManager[None]:
         return nullcontext() if self._vram is None else self._vram.encoding_text()
@@ -240,9 +251,12 @@ class DiffusersVramMixin(VramManagementMixin):
         Raises:
             ValueError: if it would move or cast them then.
         """
-        if self._vram is None:
-            return super().to(*args, **kwargs)  # type: ignore[misc]
         dtype, device = _target(args, kwargs)
+        if self._vram is None:
+            if dtype is None and device is not None:
+                parts = self._vram_parts()
+                compile_both(parts.transformer, parts.vae, torch.device(device))  # while weights are moved
+            return super().to(*args, **kwargs)  # type: ignore[misc]
         if dtype is None and (device is None or _same(device, self._vram.device)):
             return self
         _refuse(f"to({device or dtype})", "It places weights by itself")

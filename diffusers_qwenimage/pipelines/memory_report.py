@@ -27,6 +27,12 @@ class ComponentReport:
     source: str
     on_call: int
 
+    def __str__(self) -> str:
+        """A row of a table."""
+        sizes = (self.resident, self.slots, self.streamed, self.on_call)
+        source = f"  from {SOURCE_NAMES[self.source]}" if self.source else ""
+        return f"{self.name:14}" + "".join(f"{_size(size):>11}" for size in sizes) + source
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
@@ -34,22 +40,26 @@ class MemoryReport:
 
     Attributes:
         device: what it computes on.
-        budget: bytes, None without one.
+        budget: bytes that may be in use on the device, None without a limit.
+        buffer: of these, kept free for what was not foreseen.
+        context: of these, CUDA's own.
         demand: the largest picture it is placed for.
         components: of the pipeline.
-        peaks: expected peak of each moment, in bytes.
-        smallest: the smallest budget for such pictures.
+        peaks: expected peak of each moment, in bytes, beside buffer and context.
+        smallest: the smallest budget for such pictures, buffer and context included.
         pinned: host memory that is pinned.
         tile: side of the VAE's tiles in picture pixels, None without tiles.
-        frugal: whether the branches of the guidance run one after the other, to save memory.
+        frugal: whether the transformer takes samples one by one, to save memory.
         seconds_per_step: estimated.
         seconds_resident: estimated, with all weights on the device.
         rates: what the estimates are from.
-        measured_peak: the process's peak on the device so far, None on a CPU.
+        measured_peak: the process's peak on the device so far, context included; None on a CPU.
     """
 
     device: str
     budget: int | None
+    buffer: int
+    context: int
     demand: Demand
     components: tuple[ComponentReport, ...]
     peaks: dict[str, int]
@@ -64,37 +74,47 @@ class MemoryReport:
 
     def __str__(self) -> str:
         """A few lines."""
-        d = self.demand
-        budget = "no limit" if self.budget is None else f"budget {_size(self.budget)}"
-        guided = ", guided" if d.guided else ""
-        made = f"{d.pictures} picture(s) of {16 * d.columns}x{16 * d.rows}{guided}"
         lines = [
-            f"Memory on {self.device}: {budget}, for {made}",
-            f"  {'':14}{'resident':>10}{'slots':>10}{'streams':>10}{'on host':>10}",
+            f"Memory on {self.device}: {self._budget()}, for {self._pictures()}",
+            f"  {'':14}{'resident':>11}{'slots':>11}{'streams':>11}{'on host':>11}",
+            *(f"  {part}" for part in self.components),
+            f"  expected peak  {self._expected()}; at least {_size(self.smallest)} are needed",
         ]
-        for part in self.components:
-            sizes = (part.resident, part.slots, part.streamed, part.on_call)
-            source = f"  from {SOURCE_NAMES[part.source]}" if part.source else ""
-            lines.append(f"  {part.name:14}" + "".join(f"{_size(size):>10}" for size in sizes) + source)
-        peaks = ", ".join(f"{name} {_size(size)}" for name, size in self.peaks.items() if size)
-        lines.append(
-            f"  expected peak  {_size(max(self.peaks.values()))} ({peaks}); smallest {_size(self.smallest)}"
-        )
         if self.measured_peak is not None:
             lines.append(f"  measured peak  {_size(self.measured_peak)} of this process so far")
         if self.tile is not None:
             lines.append(f"  the VAE decodes in tiles of {self.tile}x{self.tile} pixels")
         if self.frugal:
-            lines.append("  the branches of the guidance run one after the other, which takes less memory")
-        rates = f"{self.rates.flops / 1e12:.3g} TFLOP/s and {self.rates.link / 1e9:.3g} GB/s"
+            lines.append(
+                "  the transformer takes samples one by one, which saves memory and costs a little time"
+            )
+        rates = f"{_rate(self.rates.flops)}FLOP/s and {_rate(self.rates.link)}B/s"
         lines.append(
             f"  time per step  about {_time(self.seconds_per_step)} ({_time(self.seconds_resident)} with all "
-            f"weights on the device); estimated from {rates}, "
+            f"weights on the device), estimated from {rates}, "
             f"{'measured here' if self.rates.measured else 'assumed'}"
         )
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _budget(self) -> str:
+        if self.budget is None:
+            return "no limit"
+        kept = f", {_size(self.buffer)} of it kept free" if self.buffer else ""
+        return f"budget {_size(self.budget)}{kept}"
+
+    def _pictures(self) -> str:
+        d = self.demand
+        size = f"{16 * d.columns}x{16 * d.rows}{', guided' if d.guided else ''}"
+        return f"a picture of {size}" if d.pictures == 1 else f"{d.pictures} pictures of {size}"
+
+    def _expected(self) -> str:
+        moments = [f"{name} {_size(size)}" for name, size in self.peaks.items() if size]
+        if self.context:
+            moments.insert(0, f"CUDA {_size(self.context)}, then")
+        peak = max(self.peaks.values()) + self.context
+        return f"{_size(peak)} ({', '.join(moments).replace('then,', 'then')})"
 
 
 SOURCE_NAMES = {"pinned": "pinned memory", "mapped": "the file, or memory as it is"}
@@ -131,7 +151,13 @@ def component_reports(plan: PipelinePlan) -> tuple[ComponentReport, ...]:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"
+    if num_bytes == 0:
+        return "-"
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1e12:.3g} T" if value >= 1e12 else f"{value / 1e9:.3g} G"
 
 
 def _time(seconds: float) -> str:

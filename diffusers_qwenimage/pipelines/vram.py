@@ -44,6 +44,7 @@ SOURCES: tuple[tuple[Source, Source], ...] = (
     ("pinned", "mapped"),
     ("mapped", "mapped"),
 )
+MOST_CONTEXT = GIB  # what a process has on a device beside tensors: half of it, and a bit for kernels
 NEXT_TO_YIELD = {"pinned": "text encoder", "mapped": "transformer"}
 
 
@@ -54,7 +55,8 @@ class VramManager:
         parts: the components; they are taken again for every plan, so they can be replaced.
         device: what is computed on.
         budget: bytes for weights and activations; None: no limit.
-        buffer: bytes that were taken off the budget before.
+        buffer, context: bytes that were taken off the user's limit before, for what is not foreseen and for
+            CUDA itself.
         strict: refuse a picture that does not fit the budget; else it is made with as little as can be.
         persistent_parameters: the most parameters of the transformer that stay on the device.
         source: where streamed weights wait; None chooses pinned memory if there is enough.
@@ -69,6 +71,7 @@ class VramManager:
         *,
         budget: int | None,
         buffer: int = 0,
+        context: int = 0,
         strict: bool = False,
         persistent_parameters: int | None = None,
         source: Source | None = None,
@@ -77,7 +80,8 @@ class VramManager:
     ) -> None:
         self.device = device
         self.budget = budget
-        self._buffer = buffer
+        self.buffer = buffer
+        self.context = context
         self._strict = strict
         self._parts = parts
         self._persistent = persistent_parameters
@@ -87,6 +91,11 @@ class VramManager:
         self._vae: Any = None
         self._planned: tuple[int, ...] = ()
         self.plan: PipelinePlan | None = None
+
+    @property
+    def aside(self) -> int:
+        """Bytes of the user's limit that are not planned."""
+        return self.buffer + self.context
 
     def prepare(self, demand: Demand) -> None:
         """Place the weights for pictures like this, unless they lie well for them already.
@@ -183,17 +192,17 @@ class VramManager:
             text_source=text_source,
             persistent_parameters=self._persistent,
             strict=self._strict,
-            buffer=self._buffer,
+            aside=self.aside,
         )
 
     def _check_budget(self, parts: Parts, plan: PipelinePlan) -> None:
         """A budget that is too small may be exceeded, if the memory is there."""
         if self.budget is None or plan.budget is None or plan.budget <= self.budget:
             return
-        problem = too_small(self.budget + self._buffer, plan.budget + self._buffer, plan.demand)
+        problem = too_small(self.budget + self.aside, plan.budget + self.aside, plan.demand)
         if plan.budget > available_bytes(parts, self.device):
             raise ValueError(problem)
-        if self.budget + self._buffer > 0:
+        if self.budget + self.aside > 0:
             logger.warning("%s It is exceeded.", problem)
 
     def _place(self, parts: Parts, plan: PipelinePlan) -> None:
@@ -325,6 +334,24 @@ def available_bytes(parts: Parts, device: torch.device) -> int:
     share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8
     allowed = total if share is None else int(total * share(device)) - in_use
     return min(free + idle, allowed) + own
+
+
+def context_bytes(device: torch.device) -> int:
+    """Memory in use on a device beside PyTorch's: CUDA's context and kernels.
+
+    Other processes cannot be told apart from it; it counts as `MOST_CONTEXT` at most.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, min(total - free - torch.cuda.memory_reserved(device), MOST_CONTEXT))
+
+
+def measured_peak(device: torch.device) -> int | None:
+    """The most memory that this process has had on a device, its context included; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(device) + context_bytes(device)
 
 
 def _is_placed(module: nn.Module, plan: StreamPlan) -> bool:

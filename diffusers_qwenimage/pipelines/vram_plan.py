@@ -126,7 +126,7 @@ def plan_pipeline(
     text_source: Source | None = None,
     persistent_parameters: int | None = None,
     strict: bool = True,
-    buffer: int = 0,
+    aside: int = 0,
 ) -> PipelinePlan:
     """Plan a pipeline; nothing is touched.
 
@@ -136,7 +136,7 @@ def plan_pipeline(
         text_source: the same for the text encoder; None: as `source`.
         strict: refuse a budget that is too small; else the plan is for the smallest that works.
         persistent_parameters: the most parameters of the transformer that may stay on the device.
-        buffer: what was taken off the budget before, for messages.
+        aside: what was taken off the user's limit before, for messages.
 
     Raises:
         ValueError: if the budget is too small; it says what the smallest is.
@@ -154,14 +154,14 @@ def plan_pipeline(
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
         if strict:
-            raise ValueError(too_small(budget + buffer, smallest + buffer, demand))
+            raise ValueError(too_small(budget + aside, smallest + aside, demand))
         budget = smallest
     planner.save_memory(budget is not None and budget < enough)
     return planner.best(budget, smallest)
 
 
 def too_small(budget: int, smallest: int, demand: Demand) -> str:
-    """What to say of a budget that cannot work; both with the buffer."""
+    """What to say of a limit that cannot work."""
     size = f"{16 * demand.columns}x{16 * demand.rows}"
     least = math.ceil(100 * smallest / GIB) / 100
     return (

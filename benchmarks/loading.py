@@ -1,0 +1,249 @@
+"""From files to the first step at true size, beside only reading the files; and the host memory it takes.
+
+    python benchmarks/loading.py [--folder /dev/shm/model] [--vram 12] [--rates] [--profile]
+
+The files (57 GB, random weights, written here if they are not there) lie in memory, so that what is measured
+is not a disk. Reading them once is measured three times: by as many threads as loading has into memory of its
+own, which is what loading must do at least; by these threads into buffers that are used again, which stay in
+caches and need no new pages; and by one thread. Only bytes that a prompt needs are read: no vision tower, no
+output layer, no embeddings.
+"""
+
+import argparse
+import gc
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import RESULTS, record
+from torch import Tensor
+from true_model import FOLDER, write_model
+from watches import HostWatch, StackWatch, own_memory
+
+from diffusers_qwenimage import QwenImagePipeline
+from diffusers_qwenimage.checkpoint import open_checkpoint
+from diffusers_qwenimage.offload.adopt import READERS
+from diffusers_qwenimage.offload.memory import HostMemory
+from diffusers_qwenimage.pipelines.needs import Demand
+
+GIB = 2**30
+PIECE = 32 * 2**20  # bytes that a thread reads at a time
+OWN_MEMORY = (
+    16 * 10**9
+)  # bytes that are read into memory of their own: pinned weights and files lie beside it
+ONE_THREAD = 8 * 10**9  # bytes that one thread reads
+RATE_BYTES, RATE_SLABS = 2**28, 16
+UNUSED = ("embed_tokens", "lm_head", "visual.")  # parts of the text encoder that prompts do not read whole
+PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
+STEPS_TAKEN = 3
+Piece = tuple[Path, int, int]  # file, first byte, number of bytes
+Note = Callable[..., None]
+
+
+def main() -> None:
+    """Write the model, load it, and read it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the model")
+    parser.add_argument("--keep", action="store_true", help="leave the model there")
+    parser.add_argument("--blocks", type=int, default=60, help="of the transformer (60)")
+    parser.add_argument("--layers", type=int, default=28, help="of the text encoder (28)")
+    parser.add_argument("--vram", type=float, default=12.0, help="budget in GiB (12)")
+    parser.add_argument("--weights", default="bf16", help="bf16, fp8, int8 (bf16)")
+    parser.add_argument("--side", type=int, default=1328, help="of the picture (1328)")
+    parser.add_argument("--steps", type=int, default=20, help="of the schedule (20); three are taken")
+    parser.add_argument("--rates", action="store_true", help="how fast host memory is filled and pinned")
+    parser.add_argument("--profile", action="store_true", help="print where the time of loading goes")
+    parser.add_argument("--device", default="cuda", help="(cuda)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    args = parser.parse_args()
+    case = f"{args.weights}, budget {args.vram:g} GiB"
+    if args.blocks != 60 or args.layers != 28:
+        case += f", {args.blocks} blocks, {args.layers} layers"
+
+    def note(name: str, value: float, unit: str) -> None:
+        record("loading", f"{case}: {name}", value, unit, path=args.results)
+
+    if not (args.folder / "model_index.json").is_file():
+        write_model(args.folder, args.blocks, args.layers)
+    try:
+        total = measure_loading(args, note)
+        measure_reading(args.folder, total, note)
+    finally:
+        if not args.keep:
+            shutil.rmtree(args.folder)
+    if args.rates:
+        measure_rates(torch.device(args.device), note)
+
+
+def measure_loading(args: argparse.Namespace, note: Note) -> float:
+    """From files to the first step; returns the seconds."""
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        torch.cuda.mem_get_info()  # CUDA's own start
+    before = own_memory()
+    profile = StackWatch()
+    with HostWatch() as host, profile:
+        start = time.perf_counter()
+        tokens = args.side // 16
+        pipe = QwenImagePipeline.from_pretrained_in_place(
+            str(args.folder),
+            vram_limit=args.vram,
+            weights=args.weights,
+            device=args.device,
+            demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
+        )
+        note("loading", time.perf_counter() - start, "s")
+        times = [time.perf_counter(), *take_steps(pipe, args)]
+    total = times[2] - start
+    note("encoding both prompts, for the first time", times[1] - times[0], "s")
+    note("tabulating the modulation and the first step", times[2] - times[1], "s")
+    note("a later step", times[-1] - times[-2], "s")
+    note("from files to the end of the first step", total, "s")
+    report = pipe.memory_report()
+    print(report, file=sys.stderr, flush=True)
+    note("pinned", report.pinned / GIB, "GiB")
+    note(
+        "most host memory of its own, beside what is pinned",
+        (host.most - before - report.pinned) / GIB,
+        "GiB",
+    )
+    if args.profile:
+        print("\n".join(profile.lines()), file=sys.stderr, flush=True)
+    pipe.clear_prompt_cache()
+    start = time.perf_counter()
+    times = take_steps(pipe, args)
+    note("encoding both prompts", times[0] - start, "s")
+    note("tabulating the modulation and a step", times[1] - times[0], "s")
+    del pipe
+    gc.collect()
+    return total
+
+
+def take_steps(pipe: Any, args: argparse.Namespace) -> list[float]:
+    """When the prompts were encoded, and when each of a few steps was done."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.encode_prompt(PROMPT)
+    pipe.encode_prompt(" ")
+    wait(args.device)
+    times = [time.perf_counter()]
+
+    def stamp(pipeline: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        wait(args.device)
+        times.append(time.perf_counter())
+        pipeline._interrupt = index + 1 == STEPS_TAKEN
+        return {}
+
+    pipe(
+        PROMPT,
+        negative_prompt=" ",
+        height=args.side,
+        width=args.side,
+        num_inference_steps=args.steps,
+        seed=0,
+        output_type="latent",
+        callback_on_step_end=stamp,
+        callback_on_step_end_tensor_inputs=[],
+    )
+    return times
+
+
+def measure_reading(folder: Path, loading: float, note: Note) -> None:
+    """Reading what was read, and nothing else; `loading` seconds beside it."""
+    pieces = pieces_of(folder)
+    size = sum(piece[2] for piece in pieces)
+    note("bytes of the files that are needed", size / 1e9, "GB")
+    for name, threads, own, limit in (
+        (f"by {READERS} threads into memory of its own", READERS, True, OWN_MEMORY),
+        (f"by {READERS} threads into buffers used again", READERS, False, size),
+        ("by one thread", 1, False, ONE_THREAD),
+    ):
+        read = first(pieces, limit)
+        rate = sum(piece[2] for piece in read) / seconds_of_reading(read, threads, own=own)
+        note(f"reading them {name}", rate / 1e9, "GB/s")
+        note(
+            f"from files to the end of the first step, beside reading them {name}", loading * rate / size, ""
+        )
+
+
+def pieces_of(folder: Path) -> list[Piece]:
+    """Every byte of weights that a prompt needs, in pieces."""
+    pieces = []
+    for name in ("transformer", "text_encoder", "vae"):
+        for key, stored in open_checkpoint(folder / name).tensors.items():
+            if not any(part in key for part in UNUSED):
+                end = stored.offset + stored.entry.end - stored.entry.start
+                starts = range(stored.offset, end, PIECE)
+                pieces += [(stored.file, start, min(PIECE, end - start)) for start in starts]
+    return pieces
+
+
+def first(pieces: Sequence[Piece], limit: int) -> list[Piece]:
+    """As many of the first pieces as do not exceed `limit` bytes."""
+    chosen: list[Piece] = []
+    for piece in pieces:
+        limit -= piece[2]
+        if limit < 0:
+            break
+        chosen.append(piece)
+    return chosen
+
+
+def seconds_of_reading(pieces: Sequence[Piece], threads: int, *, own: bool) -> float:
+    """Read pieces of files into memory of their own, or over and over into one buffer per thread."""
+    local = threading.local()
+    memory = torch.empty(sum(piece[2] for piece in pieces) if own else 0, dtype=torch.uint8)
+    starts, end = [], 0
+    for piece in pieces:
+        starts.append(end)
+        end += piece[2]
+
+    def read(piece: Piece, start: int) -> None:
+        path, offset, size = piece
+        if own:
+            target = memory[start : start + size]
+        else:
+            if not hasattr(local, "buffer"):
+                local.buffer = torch.empty(PIECE, dtype=torch.uint8)
+            target = local.buffer[:size]
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            assert file.readinto(memoryview(target.numpy())) == size
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, pieces, starts))
+    return time.perf_counter() - begin
+
+
+def measure_rates(device: torch.device, note: Note) -> None:
+    """How fast new memory is written for the first time, and how fast it is pinned then."""
+    for threads in (1, READERS):
+        memory = HostMemory(device)
+        slabs = [memory.slab(RATE_BYTES) for _ in range(RATE_SLABS)]
+        with ThreadPoolExecutor(threads) as pool:
+            for name, work in (
+                ("writing new memory", lambda slab: slab.tensor.numpy().fill(1)),
+                ("pinning it", memory.pin),
+            ):
+                begin = time.perf_counter()
+                list(pool.map(work, slabs))
+                rate = RATE_BYTES * RATE_SLABS / (time.perf_counter() - begin)
+                note(f"{name}, {threads} thread(s)", rate / 1e9, "GB/s")
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that was given to it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
