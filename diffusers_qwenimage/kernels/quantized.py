@@ -6,6 +6,8 @@ of fp8 are the vendor's (compute capability 8.9 and newer), those of int8 are in
 Shapes: N tokens, I inputs, O outputs; weight [O, I], scales fp32 [N, 1] and [O, 1].
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -133,17 +135,28 @@ if triton_is_installed():
 
 def _launch_quantize(x: Tensor, target: Target, with_gelu: bool) -> Rows:
     num_tokens, width = x.shape
-    if x.stride(1) != 1 or x.stride(0) % 8:
+    stride = x.stride()
+    if stride[1] != 1 or stride[0] % 8:
         x = x.contiguous()
+        stride = x.stride()
     values = torch.empty((num_tokens, width), dtype=target.dtype, device=x.device)
     scale = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
     if num_tokens:
-        third = width // 3
-        parts = 3 if width == 3 * third and power_of_2(third) == third >= max(target.rotation, 256) else 1
-        block = third if parts == 3 else power_of_2(width)
-        constants = (x.stride(0), width, block, parts, with_gelu, LIMITS[target.dtype], target.rotation)
-        _run_quantize((num_tokens, 1, 1), (x, values, scale), (), constants, _num_warps(block * parts))
+        constants, warps = _quantizing(stride[0], width, target, with_gelu)
+        _run_quantize((num_tokens, 1, 1), (x, values, scale), (), constants, warps)
     return Rows(values, scale)
+
+
+@lru_cache(maxsize=64)
+def _quantizing(
+    stride: int, width: int, target: Target, with_gelu: bool
+) -> tuple[tuple[int | float | bool, ...], int]:
+    """The kernel's constants, and its warps."""
+    third = width // 3
+    parts = 3 if width == 3 * third and power_of_2(third) == third >= max(target.rotation, 256) else 1
+    block = third if parts == 3 else power_of_2(width)
+    constants = (stride, width, block, parts, with_gelu, LIMITS[target.dtype], target.rotation)
+    return constants, _num_warps(block * parts)
 
 
 def _num_warps(columns: int) -> int:
@@ -197,15 +210,13 @@ def scaled_linear(
         dtype: of the result.
         out: where to write it, rows of any stride.
     """
-    if weight.dtype == FP8 and weight.is_cuda:
-        y = _fp8_product(rows, weight, weight_scale, bias, dtype, out)
-    elif weight.is_cuda and backend(weight.device).name == "triton":
-        return int8_linear(*rows, weight, weight_scale, bias, dtype, out)
-    else:
-        y = scaled_linear_reference(rows, weight, weight_scale, bias, dtype)
-    if out is None or y is out:
-        return y
-    return out.copy_(y)
+    if weight.is_cuda:
+        if weight.dtype == FP8:
+            return _fp8_product(rows, weight, weight_scale, bias, dtype, out)
+        if backend(weight.device).name == "triton":
+            return int8_linear(*rows, weight, weight_scale, bias, dtype, out)
+    y = scaled_linear_reference(rows, weight, weight_scale, bias, dtype)
+    return y if out is None else out.copy_(y)
 
 
 def _fp8_product(
@@ -216,16 +227,48 @@ def _fp8_product(
     dtype: torch.dtype,
     out: Tensor | None,
 ) -> Tensor:
-    """The vendor's product: bf16 with a bf16 bias, then cast."""
+    """The vendor's product: bf16 with a bf16 bias, then cast.
+
+    Called hundreds of times per forward: what the library takes as it is goes there at once.
+    """
+    values, scale = rows
+    num_rows = values.shape[0]
+    if num_rows >= _FEWEST_ROWS and dtype == torch.bfloat16 and (out is None or out.is_contiguous()):
+        y = out
+        if y is None:
+            y = torch.empty((num_rows, weight.shape[0]), dtype=dtype, device=weight.device)
+        if _is_taken(y, values, weight, scale, weight_scale, bias):
+            torch._scaled_mm(values, weight.t(), scale, weight_scale.t(), bias, None, dtype, True, out=y)
+            return y
+    return _mended_product(rows, weight, weight_scale, bias, dtype, out)
+
+
+def _is_taken(y: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether no type has to be changed and no address to be moved."""
+    bias = inputs[-1]
+    if y.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
+        return False
+    addresses = y.data_ptr()
+    for tensor in inputs:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
+
+
+def _mended_product(
+    rows: Rows,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
     num_rows = rows.values.shape[0]
     if num_rows < _FEWEST_ROWS:
         rows = _with_more_rows(rows)
     if bias is not None:
         bias = _aligned(bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16))
-    direct = out is not None and out.dtype == torch.bfloat16 and out.is_contiguous()
-    y = out if direct and num_rows >= _FEWEST_ROWS and out is not None and _is_aligned(out) else None
-    if y is None:
-        y = torch.empty((rows.values.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=weight.device)
+    y = torch.empty((rows.values.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=weight.device)
     torch._scaled_mm(
         _aligned(rows.values),
         _aligned(weight).t(),
@@ -236,9 +279,8 @@ def _fp8_product(
         use_fast_accum=True,
         out=y,
     )
-    if y is out:
-        return y
-    return y[:num_rows].to(dtype)
+    y = y[:num_rows].to(dtype)
+    return y if out is None else out.copy_(y)
 
 
 # The vendor's library refuses addresses that are no multiples of 16 bytes; on an H100 it also refused 16 and
@@ -250,10 +292,6 @@ def _with_more_rows(rows: Rows) -> Rows:
     missing = _FEWEST_ROWS - rows.values.shape[0]
     values = torch.nn.functional.pad(rows.values.view(torch.int8), (0, 0, 0, missing)).view(rows.values.dtype)
     return Rows(values, torch.nn.functional.pad(rows.scale, (0, 0, 0, missing)))
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
 
 
 def _aligned(tensor: Tensor) -> Tensor:
