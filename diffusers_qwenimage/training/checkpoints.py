@@ -202,7 +202,7 @@ def _flatten(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         states[str(index)] = {}
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().clone()
+                tensors[f"{index}.{name}"] = value.detach().cpu()
             else:
                 states[str(index)][name] = _plain(value, name)
     groups = [

@@ -152,6 +152,10 @@ class TrainConfig:
     time; weights in bfloat16 are rounded stochastically. One process, no accumulation, no clipping
     (max_grad_norm 0)."""
 
+    optimizer_on_host: bool = False
+    """Keep the optimizer's states in host memory; those of a weight visit the device for its step. With
+    optimizer_in_backward."""
+
     # --- what is trained ---
 
     trainable_models: str | None = None
@@ -331,6 +335,8 @@ class TrainConfig:
                 "optimizer_in_backward never has all gradients together: set max_grad_norm and spike_factor "
                 "to 0 and gradient_accumulation_steps to 1."
             )
+        if self.optimizer_on_host and not self.optimizer_in_backward:
+            raise ValueError("optimizer_on_host needs optimizer_in_backward, where weights step one by one.")
         if self.optimizer_in_backward and self.sharding != "none":
             raise ValueError("optimizer_in_backward is for one process; leave sharding out.")
         unknown = [name for name in comma_list(self.loggers) if name not in ("tensorboard", "wandb")]

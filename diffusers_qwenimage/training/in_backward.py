@@ -1,8 +1,9 @@
 """The optimizer's step inside of the backward pass: every weight takes it as soon as its gradient is known.
 
 Then no two gradients exist at a time: fine-tuning the whole dit in bf16 takes its weights (41 GB), the
-optimizer's states (Adafactor's are small) and the activations, and not another 41 GB of gradients. What
-needs all gradients together cannot be had: clipping to their norm, skipping a step for it, adding up batches.
+optimizer's states (Adafactor's are small; AdamW's can stay in host memory, `host_states.py`) and the
+activations, and not another 41 GB of gradients. What needs all gradients together cannot be had: clipping to
+their norm, skipping a step for it, adding up batches.
 
 Weights in bf16 are stepped in fp32 and rounded at random, up or down by their distance to the two neighbours
 (stochastic rounding, arXiv 2010.06192), so that updates smaller than half a bit are not lost on average.
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .host_states import HostStates
+
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -23,13 +26,17 @@ class StepsInBackward:
     Args:
         parameters: the trained weights.
         make: an optimizer over one of them.
+        on_host: keeps the states in host memory; None: they stay on the device.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], make: Make) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], make: Make, on_host: HostStates | None = None
+    ) -> None:
         self._single = [_Single(parameter, make) for parameter in parameters]
         self._squares: Tensor | None = None
-        for parameter, single in zip(parameters, self._single, strict=True):
-            parameter.register_post_accumulate_grad_hook(self._hook(single))
+        self._on_host = on_host
+        for index, parameter in enumerate(parameters):
+            parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -49,6 +56,8 @@ class StepsInBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """As that of one optimizer over all weights."""
+        if self._on_host:
+            self._on_host.settle()
         states = [single.optimizer.state_dict() for single in self._single]
         group = {**states[0]["param_groups"][0], "params": list(range(len(states)))}
         state = {index: each["state"][0] for index, each in enumerate(states) if each["state"]}
@@ -56,17 +65,27 @@ class StepsInBackward:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`."""
+        if self._on_host:
+            self._on_host.forget()
         for index, single in enumerate(self._single):
             entries = state["state"]
             group = {**state["param_groups"][0], "params": [0]}
             single.load({"state": {0: entries[index]} if index in entries else {}, "param_groups": [group]})
+            if self._on_host:
+                self._on_host.take(index, single.states)
 
-    def _hook(self, single: "_Single") -> Callable[[Tensor], None]:
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        single, on_host = self._single[index], self._on_host
+
         def take_step(parameter: Tensor) -> None:
             assert parameter.grad is not None
             square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
             self._squares = square if self._squares is None else self._squares + square
+            if on_host:
+                on_host.bring(index)
             single.step(parameter.grad)
+            if on_host:
+                on_host.take(index, single.states)
             parameter.grad = None
 
         return take_step
@@ -82,6 +101,12 @@ class _Single:
         if self._is_rounded:
             self._wide = nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
         self.optimizer = make([self._wide])
+
+    @property
+    def states(self) -> dict[str, Any]:
+        """What the optimizer keeps of the weight."""
+        states: dict[str, Any] = self.optimizer.state[self._wide]
+        return states
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:

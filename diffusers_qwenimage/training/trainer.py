@@ -30,6 +30,7 @@ from .graphs import StepGraphs, can_record
 from .guard import Guard
 from .hashing import digest_of
 from .held import Held, make_state
+from .host_states import HostStates
 from .in_backward import StepsInBackward
 from .logs import Record, RunLog, check_loggers, describe, write_card
 from .metadata import read_rows
@@ -329,7 +330,8 @@ class Trainer:
         parameters = list(self.trained.parameters.values())
         optimizer: Any
         if self.config.optimizer_in_backward:
-            optimizer = StepsInBackward(parameters, partial(make_optimizer, self.config))
+            on_host = HostStates(device=self.accelerator.device) if self.config.optimizer_on_host else None
+            optimizer = StepsInBackward(parameters, partial(make_optimizer, self.config), on_host)
         else:
             optimizer = make_optimizer(self.config, parameters)
         if not self.is_sharded and not self.config.optimizer_in_backward:

@@ -5,6 +5,10 @@ import torch
 from safetensors.torch import load_file
 from training_data import config
 
+from diffusers_qwenimage.training import host_states
+from diffusers_qwenimage.training import trainer as trainer_module
+from diffusers_qwenimage.training.checkpoints import load_state
+from diffusers_qwenimage.training.host_states import HostStates
 from diffusers_qwenimage.training.in_backward import round_at_random
 from diffusers_qwenimage.training.logs import read_log
 from diffusers_qwenimage.training.trainer import train
@@ -26,11 +30,15 @@ def test_equals_steps_after_the_backward_pass(workplace, optimizer):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_resumes_in_bf16_bit_for_bit(workplace):
+@pytest.mark.parametrize(
+    "kind", [{"optimizer": "adafactor"}, {"optimizer": "adamw", "optimizer_on_host": True}]
+)
+def test_resumes_in_bf16_bit_for_bit(workplace, monkeypatch, kind):
+    monkeypatch.setattr(host_states, "SMALLEST", 0)
     settings = {
         **RUN,
         "optimizer_in_backward": True,
-        "optimizer": "adafactor",
+        **kind,
         "dtype": "bfloat16",
         "trainable_dtype": "bfloat16",
     }
@@ -43,6 +51,39 @@ def test_resumes_in_bf16_bit_for_bit(workplace):
     )
     whole, out = (load_file(workplace / folder / "step-4.safetensors") for folder in ("whole", "out"))
     assert all(torch.equal(tensor, out[name]) for name, tensor in whole.items())
+
+
+def test_states_in_host_memory_change_nothing(workplace, monkeypatch):
+    made = []
+    monkeypatch.setattr(host_states, "SMALLEST", 1024)
+    monkeypatch.setattr(
+        trainer_module, "HostStates", lambda **given: made.append(HostStates(**given)) or made[-1]
+    )
+    settings = {**RUN, "learning_rate": 1e-3, "optimizer_in_backward": True}
+    train(config(output_path="device", **settings))
+    train(config(output_path="host", optimizer_on_host=True, **settings))
+    device, host = (load_state(workplace / name / "step-4.state") for name in ("device", "host"))
+    assert made[0].num_bytes > 50_000
+    assert host.optimizer["state"].keys() == device.optimizer["state"].keys()
+    for index, states in device.optimizer["state"].items():
+        assert states.keys() == host.optimizer["state"][index].keys()
+        assert all(torch.equal(value, host.optimizer["state"][index][name]) for name, value in states.items())
+    assert all(torch.equal(value, host.trained[name]) for name, value in device.trained.items())
+
+
+@pytest.mark.parametrize("orders", ["0123456789", "0123456789 9876543210", "0123456789 9", "01 10 0 1"])
+def test_states_come_in_any_order(orders):
+    """What a weight finds is what it left, whoever came between."""
+    states = HostStates(device=torch.device("cpu"), smallest=0)
+    kept = {int(name): {"sum": torch.zeros(5 + int(name)), "step": 0} for name in "0123456789"}
+    visits = [int(name) for name in orders.replace(" ", "")] * 3
+    for index in visits:
+        states.bring(index)
+        kept[index]["sum"] += index + 1
+        states.take(index, kept[index])
+    states.settle()
+    for index, entry in kept.items():
+        assert torch.equal(entry["sum"], torch.full((5 + index,), float((index + 1) * visits.count(index))))
 
 
 def test_rounding_at_random_has_the_right_mean():
