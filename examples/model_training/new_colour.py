@@ -1,10 +1,12 @@
 """Teach the small model inside the package a colour that it does not know, and measure it before and after.
 
-    python new_colour.py OUT            # dataset, judgement, LoRA, judgement
-    python new_colour.py OUT --full     # fine-tunes the whole dit instead of a LoRA
+    python new_colour.py OUT                      # dataset, judgement, LoRA, judgement
+    python new_colour.py OUT --full               # fine-tunes the whole dit instead of a LoRA
+    python new_colour.py OUT learning_rate=1e-3   # with other options of training
 
-The colour is cyan: scenes of examples/tiny whose purple is drawn and called cyan, so that its judge, told
-the new colour, decides from the pixels. The pictures that are judged show combinations that were not trained.
+The colour is a light blue-green, which the small model takes for some blue and some green things. Scenes of
+examples/tiny whose purple is drawn and called so, so that its judge, told the new colour, decides from the
+pixels. The pictures that are judged show combinations that were not trained.
 """
 
 import argparse
@@ -25,14 +27,16 @@ from PIL import Image
 
 from diffusers_qwenimage import QwenImagePipeline, default_checkpoint
 from diffusers_qwenimage.loading import load_transformer
-from diffusers_qwenimage.training import TrainConfig, train
+from diffusers_qwenimage.training import train
+from diffusers_qwenimage.training.options import make_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 from grammar import Caption, Scene, sample_scene, write_caption
 from judge import Verdict, judge
 from scenes import PALETTE, batch_scenes, lay_out, render
 
-OLD, NEW, CYAN = "purple", "cyan", (0, 205, 225)
+OLD, NEW, COLOUR = "purple", "blue-green", (0, 205, 225)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_LAYERS = (
     "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.0.proj,img_mlp.net.2,"
     "img_mod.1,txt_mlp.net.0.proj,txt_mlp.net.2,txt_mod.1"
@@ -57,13 +61,15 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=96)
     parser.add_argument("--steps", type=int, help="of training (360, or 240 with --full)")
     parser.add_argument("--judged", type=int, default=16)
-    args = parser.parse_args()
+    parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of training")
+    args = parser.parse_intermixed_args()
     model = args.model or default_checkpoint()
     write_dataset(args.out / "data", args.scenes)
     before = measure(model, args.judged, grid=args.out / "before.png")
     started = time.monotonic()
     steps = args.steps or (240 if args.full else 360)
-    weights = teach(args.out, model, steps=steps, full=args.full)
+    options = dict(option.split("=", 1) for option in args.options)
+    weights = teach(args.out, model, steps=steps, full=args.full, **options)
     seconds = time.monotonic() - started
     after = measure(model, args.judged, weights=weights, full=args.full, grid=args.out / "after.png")
     print(f"{steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
@@ -112,17 +118,17 @@ def teach(out: Path, model: Path, *, steps: int, full: bool = False, **changes: 
         **kind,
         **changes,
     }
-    return train(TrainConfig(**settings))
+    return train(make_config(settings))
 
 
 def measure(
     model: Path, number: int, *, weights: Path | None = None, full: bool = False, grid: Path | None = None
 ) -> Measured:
     """Judge `number` pictures of combinations with the new colour that were not trained."""
-    pipe = QwenImagePipeline.from_pretrained(str(model), torch_dtype=torch.float32)
+    pipe = QwenImagePipeline.from_pretrained(str(model), dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     if weights is not None and full:
-        pipe.transformer = load_transformer(weights, dtype=torch.float32)
+        pipe.transformer = load_transformer(weights, dtype=torch.float32).to(DEVICE)
     elif weights is not None:
         pipe.load_lora_weights(str(weights))
     pairs = scenes(number, 1000, held_out=True, share=1.0)
@@ -179,9 +185,9 @@ def scenes(number: int, seed: int, *, held_out: bool, share: float) -> list[tupl
 
 @contextmanager
 def new_colour() -> Iterator[None]:
-    """Within, what the grammar calls purple is drawn, and judged, as cyan."""
+    """Within, what the grammar calls purple is drawn, and judged, in the new colour."""
     before = PALETTE[OLD]
-    PALETTE[OLD] = CYAN
+    PALETTE[OLD] = COLOUR
     try:
         yield
     finally:
