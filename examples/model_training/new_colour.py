@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from diffusers_qwenimage import QwenImagePipeline, default_checkpoint
@@ -68,7 +69,7 @@ def main() -> None:
     before = measure(model, args.judged, grid=args.out / "before.png")
     started = time.monotonic()
     steps = args.steps or (240 if args.full else 360)
-    options = dict(option.split("=", 1) for option in args.options)
+    options = yaml.safe_load("\n".join(option.replace("=", ": ", 1) for option in args.options)) or {}
     weights = teach(args.out, model, steps=steps, full=args.full, **options)
     seconds = time.monotonic() - started
     after = measure(model, args.judged, weights=weights, full=args.full, grid=args.out / "after.png")
