@@ -1,12 +1,15 @@
-"""A whole picture, from text embeddings to a Pillow image: ours beside diffusers over the same weights.
+"""Whole pictures, from a prompt to a Pillow image: ours beside its peers, over the same weights, one process.
 
-    python benchmarks/end_to_end.py [--cases 1328:8 512:8] [--arms ...] [--device cuda] [--results FILE]
+    python benchmarks/end_to_end.py [--cases 1328:8] [--arms ours diffusers ...] [--results FILE]
 
-True-size transformer and autoencoder; 128 tokens of prompt, 10 of negative prompt, guidance. Text encoding is
-left out: it is the same model for all. Each arm makes a first picture, with all that it compiles, tries out
-and records (Triton's cache starts empty), and a second; then arms run in turn (A B C C B A) in one process:
-median, and the range. Step caches are not compared here: what
-they decide on random weights means nothing (benchmarks/step_reduction.py). 65 GB of device memory with fp8.
+Transformer, text encoder and autoencoder of the true size (random weights), guidance 4. Each arm makes a
+first picture, with all that it compiles, tries out and records, and a second; Triton's cache starts empty,
+and the first arm also finds every library cold. Then arms run in turn, back and forth (A B C C B A): median,
+and the range. What `optimize` of ours takes is in a row of its own. Prompts differ from call to call, so that
+no arm finds an embedding of before. An arm whose package is missing is left out with a word.
+
+What caches decide on random weights means nothing: "every second step" forces them (their quality:
+benchmarks/step_reduction.py). 62 GB of device memory; every 8-bit arm adds 14.
 """
 
 import argparse
@@ -14,22 +17,23 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
+from arms import GIB, synchronize
+from end_to_end_arms import ARMS, Draw, embedded_weights, random_weights
 from results import RESULTS, record
-from transformer import GIB, TEXT_TOKENS, build
 
-from diffusers_qwenimage import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from diffusers_qwenimage.graphs import graphs_of
+from diffusers_qwenimage.kernels import set_backend
 
-EXACT = ("diffusers", "ours")
-ARMS = (*EXACT, "diffusers, compiled", "ours, fp8", "ours, int8", "ours, fp8-storage")
-NEGATIVE_TOKENS = 10
+DEFAULT = ("ours", "diffusers", "diffusers, compiled", "diffsynth")
+PROMPT = (
+    "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating, clear "
+    "light and shadow, surrounded by bubbles, a calm face, rich details, a dreamy and beautiful picture."
+)
 
 
 def main() -> None:
@@ -38,135 +42,118 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", nargs="+", default=["1328:8", "512:8"], metavar="SIDE:STEPS", help="pictures to make"
+        "--cases", nargs="+", default=["1328:8"], metavar="SIDE:STEPS", help="pictures to make (1328:8)"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(EXACT), help="what to compare")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(DEFAULT), help="what to compare")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A (1), or none")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
-    parser.add_argument("--base-dim", type=int, default=96, help="channels of the autoencoder (96)")
+    parser.add_argument("--layers", type=int, default=28, help="layers of the text encoder (28)")
+    parser.add_argument("--tiny", action="store_true", help="use the embedded checkpoint instead")
     parser.add_argument("--device", default="cuda", help="device to measure on (cuda)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
-    cases = [tuple(int(number) for number in case.split(":")) for case in args.cases]
-
+    cases = [(int(side), int(steps)) for side, steps in (case.split(":") for case in args.cases)]
+    set_backend("auto")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        pipes = build_pipelines(args.arms, args.blocks, args.base_dim, args.device)
-        for side, steps in cases:
-            compare(pipes, side, steps, args)
+        compare(args, cases)
 
 
-def build_pipelines(arms: list[str], blocks: int, base_dim: int, device: str) -> dict[str, Any]:
-    """A pipeline for each arm; weights in bf16 are shared."""
-    ours, stock = build(blocks, device)
-    torch.manual_seed(0)
-    stock_vae = diffusers.AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
-    stock_vae.to(device, torch.bfloat16)
-    our_vae = AutoencoderKLQwenImage(base_dim=base_dim).eval().requires_grad_(False)
-    our_vae.load_state_dict(stock_vae.state_dict(), assign=True)
-    pipes: dict[str, Any] = {}
-    for arm in arms:
-        package, vae = (diffusers.QwenImagePipeline, stock_vae)
-        transformer: torch.nn.Module = stock
-        if arm.startswith("ours"):
-            package, vae = QwenImagePipeline, our_vae
-            transformer = ours if arm == "ours" else _copy(ours)
-        elif arm != "diffusers":
-            transformer = _copy(stock)
-            transformer.compile_repeated_blocks()  # type: ignore[operator]
-        pipe = package(
-            scheduler=_scheduler(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
-        )
-        pipe.set_progress_bar_config(disable=True)
-        if arm.startswith("ours"):
-            print(f"{arm}:\n{pipe.optimize(weights=arm.partition(', ')[2] or None)}", flush=True)
-        pipes[arm] = pipe
-    return pipes
+class Case:
+    """One size of picture and number of steps."""
+
+    def __init__(self, side: int, steps: int, args: argparse.Namespace) -> None:
+        self.side, self.steps, self.args = side, steps, args
+        self.times: dict[str, list[float]] = {}
+        self.pictures: dict[str, Any] = {}
+
+    def note(self, case: str, value: float, unit: str, peak: float | None = None) -> None:
+        """Record a row."""
+        label = f"{self.side}x{self.side}, {self.steps} steps with guidance, {case}"
+        record("end_to_end", label, value, unit, peak_memory_gib=peak, path=self.args.results)
+
+    def draw(self, name: str, draw: Draw, *, stages: str = "") -> float:
+        """Seconds of a picture; `stages`: which picture it is, to record how they divide."""
+        number = len(self.times.setdefault(name, []))
+        steps: list[float] = []
+
+        def on_step() -> None:
+            synchronize()
+            steps.append(time.perf_counter())
+
+        if self.args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        image = draw(f"{number}. {PROMPT}", self.side, self.steps, on_step)
+        end = time.perf_counter()
+        seconds = end - start
+        self.times[name].append(seconds)
+        self.pictures.setdefault(name, np.asarray(image, dtype=np.float64))
+        if stages:
+            self.note(f"{name}: {stages} picture", seconds, "s", peak_memory(self.args.device))
+            self.note(f"{name}: {stages} picture, to the end of its first step", steps[0] - start, "s")
+            self.note(f"{name}: {stages} picture, from its last step on", end - steps[-1], "s")
+        return seconds
+
+    def report(self) -> None:
+        """Medians of all pictures but the first, and how far apart arms are."""
+        exact = next(iter(self.pictures))
+        for name, times in self.times.items():
+            if self.args.rounds and len(times) > 2:
+                self.note(f"{name}: picture", statistics.median(times[1:]), "s")
+                print(f"    {min(times[1:]):.3f} to {max(times[1:]):.3f} s", flush=True)
+            self.note(f"{name}: first picture over the median of the others", ratio(times), "")
+            if name != exact:
+                error = max(((self.pictures[name] - self.pictures[exact]) ** 2).mean(), 1e-9)
+                self.note(f"{name}: PSNR to {exact}", float(10 * np.log10(255**2 / error)), "dB")
 
 
-def _copy(model: Any) -> Any:
-    """Another model over the same weights."""
-    with torch.device("meta"):
-        other = type(model).from_config(model.config).to(model.dtype)
-    other.load_state_dict(model.state_dict(), assign=True)
-    if not isinstance(model, QwenImageTransformer2DModel):  # its rotary tables are no buffers
-        other.pos_embed = model.pos_embed
-    return other.eval().requires_grad_(False)
+def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
+    """Build the arms one after the other, draw their first pictures, then all in turn."""
+    if args.tiny:
+        weights = embedded_weights(args.device)
+    else:
+        weights = random_weights(args.blocks, args.layers, args.device)
+    measured = [Case(side, steps, args) for side, steps in cases]
+    draws: dict[str, Draw] = {}
+    for name in args.arms:
+        synchronize()
+        start = time.perf_counter()
+        try:
+            draws[name] = ARMS[name](weights)
+        except ImportError as error:
+            print(f"{name}: left out, {error}", flush=True)
+            continue
+        synchronize()
+        seconds = time.perf_counter() - start
+        measured[0].note(f"{name}: building the pipeline from modules on the device", seconds, "s")
+        try:
+            for case in measured:
+                case.draw(name, draws[name], stages="first")
+                case.draw(name, draws[name], stages="second")
+        except Exception:  # a peer's failure must not hide the figures of the others
+            traceback.print_exc()
+            del draws[name]
+            for case in measured:
+                case.times.pop(name, None)
+                case.pictures.pop(name, None)
+    for _ in range(args.rounds):
+        for name in (*draws, *reversed(draws)):
+            for case in measured:
+                case.draw(name, draws[name])
+    for case in measured:
+        case.report()
 
 
-def _scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
-    """With the published configuration."""
-    return diffusers.FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=256,
-        base_shift=0.5,
-        max_image_seq_len=8192,
-        max_shift=0.9,
-        shift_terminal=0.02,
-        use_dynamic_shifting=True,
-    )
+def ratio(times: list[float]) -> float:
+    """The first over the median of the others."""
+    return times[0] / statistics.median(times[1:])
 
 
-def compare(pipes: dict[str, Any], side: int, steps: int, args: argparse.Namespace) -> None:
-    """First and later pictures of every arm."""
-    label = f"{side}x{side}, {steps} steps with guidance"
-
-    def note(case: str, value: float, unit: str, peak: float | None = None) -> None:
-        record("end_to_end", f"{label}, {case}", value, unit, peak_memory_gib=peak, path=args.results)
-
-    pictures = {}
-    for name, pipe in pipes.items():
-        for which in ("first", "second"):
-            seconds, peak, pictures[name] = picture(pipe, side, steps, args.device)
-            note(f"{name}: {which} picture", seconds, "s", peak)
-    times: dict[str, list[float]] = {name: [] for name in pipes}
-    peaks: dict[str, float | None] = {}
-    for name in [*pipes, *reversed(pipes)] * args.rounds:
-        seconds, peaks[name], pictures[name] = picture(pipes[name], side, steps, args.device)
-        times[name].append(seconds)
-    reference = pictures[next(iter(pipes))].astype(np.float64)
-    for name, measured in times.items():
-        if measured:
-            note(f"{name}: picture", statistics.median(measured), "s", peaks[name])
-            print(f"    {min(measured):.3f} to {max(measured):.3f} s", flush=True)
-        if name != next(iter(pipes)):
-            error = max(((pictures[name] - reference) ** 2).mean(), 1e-9)
-            note(f"{name}: PSNR to {next(iter(pipes))}", float(10 * np.log10(255**2 / error)), "dB")
-    for pipe in pipes.values():
-        if isinstance(pipe.transformer, QwenImageTransformer2DModel):
-            print(f"    graphs recorded: {graphs_of(pipe.transformer).number}", flush=True)
-
-
-def picture(pipe: Any, side: int, steps: int, device: str) -> tuple[float, float | None, Any]:
-    """Seconds, peak memory in GiB (of a GPU) and the picture, uint8 [H, W, 3]."""
-    generator = torch.Generator(device).manual_seed(1)
-
-    def embeds(tokens: int) -> torch.Tensor:
-        return torch.randn(
-            1, tokens, pipe.transformer.config.joint_attention_dim,
-            generator=generator, device=device, dtype=torch.bfloat16,
-        )  # fmt: skip
-
-    prompt, negative = embeds(TEXT_TOKENS), embeds(NEGATIVE_TOKENS)
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    wait()
-    start = time.perf_counter()
-    image = pipe(
-        prompt_embeds=prompt,
-        prompt_embeds_mask=torch.ones(prompt.shape[:2], device=device, dtype=torch.long),
-        negative_prompt_embeds=negative,
-        negative_prompt_embeds_mask=torch.ones(negative.shape[:2], device=device, dtype=torch.long),
-        true_cfg_scale=4.0,
-        num_inference_steps=steps,
-        height=side,
-        width=side,
-        generator=torch.Generator(device).manual_seed(0),
-    ).images[0]
-    wait()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None
-    return seconds, peak, np.asarray(image)
+def peak_memory(device: str) -> float | None:
+    """GiB, of a GPU."""
+    return torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None
 
 
 if __name__ == "__main__":
