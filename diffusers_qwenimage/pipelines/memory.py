@@ -134,8 +134,8 @@ class VramManagementMixin(ABC):
         rates = measured_rates(device, compute_dtype(parts))
         demand, seconds, resident = plan.demand, 0.0, 0.0
         if parts.transformer is not None:
-            samples = demand.pictures * (2 if demand.guided else 1)
-            flops = forward_flops(parts.transformer, samples=samples, tokens=demand.tokens // samples)
+            each = demand.tokens // demand.samples
+            flops = forward_flops(parts.transformer, samples=demand.samples, tokens=each)
             resident = forward_seconds(flops, rates)
             assert plan.transformer is not None
             seconds = plan.transformer.seconds_per_pass(compute=resident, link=rates.link)

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from diffusers_qwenimage.denoise import DenoiseInputs
+from diffusers_qwenimage.kernels import backend
 
-# Measured: 14 (1328x1328) and 15 (1024x1024) with both branches of the guidance in one pass.
-DENOISE_WIDTHS = 15.5
-FRUGAL_WIDTHS = 11.0  # per token of one branch, with `transformer.save_memory()`
+# Both branches of the guidance in one pass at 1328x1328 on the fused path; measured: 10.0 (bf16), 10.4 (fp8).
+FUSED_DENOISE_WIDTHS = 11.0
+DENOISE_WIDTHS = 15.5  # measured: 14 (1328x1328) and 15 (1024x1024)
+# With `transformer.save_memory()`: the streams of all samples, and what one sample needs.
+FRUGAL_STREAM_WIDTHS, FRUGAL_SAMPLE_WIDTHS = 2.0, 5.0
 # Measured: 21.2 at 1328x1328 for the decoder, in tensors of `base_dim` channels per picture pixel.
 DECODE_WIDTHS = 21.5
 FUSED_DECODE_WIDTHS = 3.5  # measured: 2.3, by the fused path
@@ -50,10 +53,14 @@ class Demand:
     reference_tokens: int = 0
 
     @property
+    def samples(self) -> int:
+        """Of a forward of the transformer: pictures, with both branches of the guidance."""
+        return self.pictures * (2 if self.guided else 1)
+
+    @property
     def tokens(self) -> int:
         """Tokens of all samples in a forward of the transformer."""
-        samples = self.pictures * (2 if self.guided else 1)
-        return samples * (self.rows * self.columns + self.reference_tokens + self.text_tokens)
+        return self.samples * (self.rows * self.columns + self.reference_tokens + self.text_tokens)
 
     def covers(self, other: "Demand") -> bool:
         """Whether what was planned for this suffices for `other`."""
@@ -93,15 +100,23 @@ def demand_of(inputs: DenoiseInputs) -> Demand:
     )
 
 
-def denoise_bytes(transformer: Any, demand: Demand, dtype: torch.dtype, *, frugal: bool = False) -> int:
-    """Of a step: activations, and the table of the modulation; `frugal`: with `save_memory()`."""
+def denoise_bytes(
+    transformer: Any, demand: Demand, dtype: torch.dtype, *, fused: bool = False, frugal: bool = False
+) -> int:
+    """Of a step: activations, and the table of the modulation.
+
+    Args:
+        fused: on the fused path.
+        frugal: with `save_memory()` there.
+    """
     config = transformer.config
     width: int = config.num_attention_heads * config.attention_head_dim
     table: int = demand.steps * config.num_layers * 12 * width * dtype.itemsize
-    tokens, widths = demand.tokens, DENOISE_WIDTHS
+    widths = demand.tokens * (FUSED_DENOISE_WIDTHS if fused else DENOISE_WIDTHS)
     if frugal:
-        tokens, widths = tokens // (2 if demand.guided else 1), FRUGAL_WIDTHS
-    activations = int(tokens * width * dtype.itemsize * widths)
+        one = demand.tokens // demand.samples
+        widths = demand.tokens * FRUGAL_STREAM_WIDTHS + one * FRUGAL_SAMPLE_WIDTHS
+    activations = int(widths * width * dtype.itemsize)
     tabulating = table + 24 * width * width * dtype.itemsize  # stacked, while weights of two blocks visit
     return max(activations, tabulating) + table + _workspace(activations)
 
@@ -135,6 +150,13 @@ def fitting_tile(vae: Any, rows: int, columns: int, budget: int, *, fused: bool 
         if side < max(rows, columns) and size <= budget:
             return side
     return TILE_SIDES[-1]
+
+
+def denoises_fused(transformer: Any, device: torch.device) -> bool:
+    """Whether the transformer will take its fused path, which needs less memory, on a device."""
+    if not hasattr(transformer, "save_memory") or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return backend(device).name != "off"
 
 
 @torch.no_grad()

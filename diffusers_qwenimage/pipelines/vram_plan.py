@@ -29,6 +29,7 @@ from .needs import (
     decode_bytes,
     decodes_fused,
     denoise_bytes,
+    denoises_fused,
     encode_text_bytes,
     fitting_tile,
     weight_bytes,
@@ -149,7 +150,7 @@ def plan_pipeline(
         text_source=text_source or source,
         persistent=persistent_parameters,
     )
-    enough = planner.smallest().peak_bytes
+    enough = planner.smallest(overlapping=True).peak_bytes
     planner.save_memory()
     smallest = planner.smallest().peak_bytes
     if budget is not None and budget < smallest:
@@ -198,16 +199,18 @@ class _Planner:
         self._plans: dict[tuple[int, int | None], StreamPlan] = {}
 
     def save_memory(self, enabled: bool = True) -> None:
-        """Plan for a transformer that saves memory, if it can."""
+        """Plan for a transformer that saves memory, if it can: on the fused path."""
         transformer = self._parts.transformer
-        self._frugal = enabled and hasattr(transformer, "save_memory")
+        fused = denoises_fused(transformer, torch.device(self._device))
+        self._frugal = enabled and fused
         if transformer is not None:
             dtype = compute_dtype(self._parts)
-            self._denoise = denoise_bytes(transformer, self._demand, dtype, frugal=self._frugal)
+            self._denoise = denoise_bytes(transformer, self._demand, dtype, fused=fused, frugal=self._frugal)
 
-    def smallest(self) -> PipelinePlan:
-        """Nothing resident that can stream, one slot, the smallest tiles."""
-        transformer, text = self._transformer(0), self._text_encoder(0)
+    def smallest(self, *, overlapping: bool = False) -> PipelinePlan:
+        """Nothing resident that can stream, the smallest tiles, one slot (or enough to copy meanwhile)."""
+        transformer = self._overlapping_transformer() if overlapping else self._transformer(0)
+        text = self._text_encoder(0)
         return self._plan(None, transformer, text, vae_stays=False, tile=TILE_SIDES[-1], smallest=0)
 
     def best(self, budget: int | None, smallest: int) -> PipelinePlan:
