@@ -54,12 +54,12 @@ def gradients_of_embedded(place: Path, **changes: Any) -> dict[str, Tensor]:
     config = emoji_config(place, height=256, width=256, batch_size=4, lora_rank=32, **changes)
     samples = inspect_rows(read_rows(config), config, progress=False)
     trainer = Trainer(config, Accelerator(mixed_precision="no"), find_models(config), samples, StopSignal())
-    trainer._fill_cache()
-    trainer._prepare_models()
+    trainer.fill_cache()
+    trainer.prepare()
     fill_factors(trainer.trained.modules["dit"])
     for start in (0, 4):
         slots = [Slot(index=i, counter=start + i) for i in range(4)]
-        trainer._loss(slots)[0].backward()
+        trainer.learner.loss(slots)[0].backward()
     return {name: p.grad for name, p in trainer.trained.parameters.items() if p.grad is not None}
 
 

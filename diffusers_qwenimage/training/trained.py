@@ -126,7 +126,7 @@ def place_base_(
             trained_bytes=_num_bytes(trained),
         )
         if _num_bytes(transformer.parameters()) - _num_bytes(trained) > budget:
-            stream(transformer, device=device, vram_limit=budget, on_call=())
+            stream(transformer, device=device, vram_limit=budget, on_call=(), split=False)
             return modulation
     if config.sharding == "none":
         transformer.to(device)

@@ -7,55 +7,45 @@ trained weights, its optimizer and the number of steps done.
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from torch import Tensor
 from tqdm import tqdm
 
-from .batch import Batch
 from .cache import Encoders, TensorCache
-from .checkpoints import State, bytes_of, check_space, find_start, load_state, save_state
+from .checkpoints import State, find_start, load_state
 from .config import TrainConfig, comma_list
 from .data import Sample, inspect_rows
 from .feed import Feed
-from .graphs import StepGraphs, can_record
 from .guard import Guard
-from .hashing import digest_of
-from .held import Held, make_state
-from .host_states import HostStates
-from .in_backward import StepsInBackward
-from .logs import Record, RunLog, check_loggers, describe, write_card
+from .held import Held
+from .learner import Learner
+from .logs import Record, RunLog, check_loggers, describe
 from .metadata import read_rows
 from .models import ModelFiles, find_models
-from .objective import Objective, flow_matching_loss
-from .optimizers import MovingAverage, find_optimizer, learning_rate_at, make_optimizer, set_learning_rate
-from .plan import Plan, Slot
+from .objective import Objective
+from .optimizers import MovingAverage, find_optimizer, learning_rate_at, set_learning_rate
+from .plan import Plan
 from .processes import on_main_first
-from .publish import check_login, publish
-from .randomness import Stream, seed_for
-from .sharding import give_back_, whole
+from .publish import check_login
+from .saving import Saver
+from .sharding import give_back_
 from .stopping import StopSignal, output_lock, stop_on_sigterm
 from .trained import (
-    TrainedModels,
-    base_metadata,
     compute_context,
     compute_dtype,
     find_format,
     load_trained,
-    save_weights,
 )
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
-MODULATION_STEPS = 256  # for so many steps at a time the modulation is tabulated
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -116,7 +106,6 @@ class Trainer:
         self.samples = samples
         self.stop = stop
         self.output = Path(config.output_path)
-        self.dtype = compute_dtype(config)
         self.plan = Plan(
             sizes=[sample.size for sample in samples],
             repeat=config.dataset_repeat,
@@ -127,13 +116,12 @@ class Trainer:
         )
         self.num_steps = config.max_steps or config.num_epochs * self.plan.steps_per_epoch
         cache = TensorCache(Path(config.cache_path or self.output / "cache") if config.cache else None)
-        self.encoders = Encoders(files, cache, dtype=self.dtype, device=accelerator.device)
+        self.encoders = Encoders(files, cache, dtype=compute_dtype(config), device=accelerator.device)
         self.is_sharded = config.sharding != "none"
         self.guard = Guard(spike_factor=config.spike_factor, max_bad=config.max_bad_steps)
         self.objective = Objective(config=config, scheduler_config=files.load_scheduler().config)
         on_gpu = accelerator.device.type == "cuda"
         self.feed = Feed(config, samples, self.encoders, self.objective, pin=on_gpu)
-        self.graphs: StepGraphs | None = None
 
     def run(self, state: State | None) -> Path:
         """Train from `state`, or from the start; returns the weights written last."""
@@ -148,7 +136,7 @@ class Trainer:
                 per_step=per_step * self.accelerator.num_processes,
             )
             tqdm.write(text, file=sys.stderr)
-        self._fill_cache()
+        self.fill_cache()
         if self._anyone_stopped():
             logger.warning("SIGTERM: stopped before the first step; what is cached is kept.")
             return self.output
@@ -158,8 +146,8 @@ class Trainer:
         self.validation = Validation(self.config, self.encoders, self.files) if wanted else None
         if self.config.cache:
             self.encoders.release()
-        self._prepare_models()
-        done = 0 if state is None else self._restore(state)
+        self.prepare()
+        done = 0 if state is None else self.saver.restore(state)
         self.first_step = done
         log = RunLog(self.output, done=done) if self.accelerator.is_main_process else None
         self._start_trackers()
@@ -176,8 +164,8 @@ class Trainer:
             started = time.perf_counter()
             record, ending = self._step(step, started)
             self._log(log, record, progress)
-            if self._saves_after(step + 1) or ending:
-                last = self._save(step + 1)
+            if self.saver.is_due(step + 1) or ending:
+                last = self.saver.save(step + 1)
                 if log:
                     log.draw()
             if self._validates_after(step + 1):
@@ -186,32 +174,33 @@ class Trainer:
                 logger.warning("SIGTERM: saved after step %d; go on with --resume_from latest.", step + 1)
                 break
         progress.close()
-        self._finish(last)
+        self.accelerator.end_training()
+        self.saver.finish(last, is_whole=not self.stop.received)
         return last
-
-    # --- a step ---
 
     def _step(self, step: int, started: float) -> tuple[Record, bool]:
         """One optimizer step; also whether to end after it (some process got SIGTERM)."""
         rate = learning_rate_at(self.config, step, self.num_steps)
-        set_learning_rate(self.optimizer, rate)
-        self._prepare_modulation(step)
-        total, norm, names, update = self._gradients(step)
+        set_learning_rate(self.learner.optimizer, rate)
+        self.learner.prepare_modulation(step, self.first_step)
+        found = self.learner.gradients(step)
         if step + 1 < self.num_steps:
             self.feed.prepare(self.plan.batch(step + 1, 0, self.accelerator.process_index))
-        facts = torch.stack([total, torch.full_like(total, float(self.stop.received))])
+        facts = torch.stack([found.loss, torch.full_like(found.loss, float(self.stop.received))])
         facts = self.accelerator.reduce(facts, reduction="mean")
         # The one place in a step that waits for the device.
-        mean_loss, stopping, norm_value = torch.cat([facts, norm.to(facts)[None]]).tolist()
+        mean_loss, stopping, norm_value = torch.cat([facts, found.norm.to(facts)[None]]).tolist()
         reason = self.guard.judge(mean_loss, norm_value)
         if reason:
-            logger.warning("Step %d is skipped for %s; samples: %s.", step + 1, reason, ", ".join(names))
+            logger.warning(
+                "Step %d is skipped for %s; samples: %s.", step + 1, reason, ", ".join(found.names)
+            )
         else:
-            update()
+            found.update()
             if self.average:
                 self.average.update(self.trained.parameters, step + 1)
-        self.optimizer.zero_grad()
-        self.guard.stop_if_diverged(step + 1, reason, names)
+        self.learner.optimizer.zero_grad()
+        self.guard.stop_if_diverged(step + 1, reason, found.names)
         record = Record(
             step=step + 1,
             epoch=step // self.plan.steps_per_epoch,
@@ -223,84 +212,7 @@ class Trainer:
         )
         return record, stopping > 0
 
-    def _gradients(self, step: int) -> tuple[Tensor, Tensor, list[str], Callable[[], object]]:
-        """Loss, norm of the gradient (clipped after that), names of the samples, and what takes the step."""
-        if self.graphs is not None:
-            slots = self.plan.batch(step, 0, 0)
-            batch = self.feed.batch(slots)
-            with self._modulated(batch):
-                recorded = self.graphs.gradients(batch)
-            if recorded is not None:
-                return *recorded, list(batch.names), self.graphs.update
-            self.feed.give_back(slots, batch)
-        total = torch.zeros((), device=self.accelerator.device)
-        names: list[str] = []
-        for micro in range(self.config.gradient_accumulation_steps):
-            slots = self.plan.batch(step, micro, self.accelerator.process_index)
-            with self.accelerator.accumulate(*self.modules.values()):
-                loss, used = self._loss(slots)
-                # Steps in the backward pass cannot be taken back: a bad loss must stop before it.
-                if not self.config.optimizer_in_backward or bool(torch.isfinite(loss)):
-                    self.accelerator.backward(loss)
-            total += loss.detach() / self.config.gradient_accumulation_steps
-            names += used
-        return total, self._clip(), names, self.optimizer.step
-
-    def _loss(self, slots: Sequence[Slot]) -> tuple[Tensor, list[str]]:
-        """The mean loss of a batch, and the names of its samples."""
-        batch = self.feed.batch(slots)
-        torch.manual_seed(seed_for(self.config.seed, Stream.DROPOUT, batch.counter))
-        with self._modulated(batch):
-            return self._loss_of(batch.to(self.accelerator.device)), list(batch.names)
-
-    def _loss_of(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch on the device."""
-        with compute_context(self.config, self.accelerator.device):
-            losses = flow_matching_loss(
-                self.modules["dit"],
-                batch.clean,
-                batch.noise,
-                batch.sigma,
-                self.objective.weight(batch.sigma),
-                batch.prompt,
-                batch.grid,
-                dtype=self.dtype,
-            )
-        return losses.mean()
-
-    def _modulated(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within, the modulation is that of the batch's noise levels."""
-        table = self.trained.modulation
-        return nullcontext() if table is None else table.of(batch.sigma_on_host)
-
-    def _clip(self) -> Tensor:
-        """Scale gradients down to `max_grad_norm`; returns their norm before."""
-        limit = self.config.max_grad_norm or float("inf")
-        parameters = list(self.trained.parameters.values())
-        if isinstance(self.optimizer, StepsInBackward):
-            return self.optimizer.norm()
-        if self.is_sharded:
-            return cast(Tensor, whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
-        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
-        return norm
-
-    def _prepare_modulation(self, step: int) -> None:
-        """From time to time, compute the modulation for the sigmas of the steps to come."""
-        table = self.trained.modulation
-        if table is None or (step - self.first_step) % MODULATION_STEPS:
-            return
-        rank = self.accelerator.process_index
-        slots = [
-            slot
-            for later in range(step, min(step + MODULATION_STEPS, self.num_steps))
-            for micro in range(self.config.gradient_accumulation_steps)
-            for slot in self.plan.batch(later, micro, rank)
-        ]
-        table.prepare(self.feed.sigmas(slots))
-
-    # --- set-up ---
-
-    def _fill_cache(self) -> None:
+    def fill_cache(self) -> None:
         """Each process makes its share of the cache; afterwards VAE and text encoder are not in memory."""
         if not self.config.cache:
             return
@@ -320,43 +232,38 @@ class Trainer:
         flag = torch.tensor(float(self.stop.received), device=self.accelerator.device)
         return float(self.accelerator.reduce(flag, reduction="sum")) > 0
 
-    def _prepare_models(self) -> None:
+    def prepare(self) -> None:
+        """Load the trained models, and make what works with them."""
         sizes = list(dict.fromkeys(sample.size for sample in self.samples))
-        self.trained: TrainedModels = load_trained(self.config, self.files, self.accelerator.device, sizes)
+        self.trained = load_trained(self.config, self.files, self.accelerator.device, sizes)
         for name in ("vae", "text_encoder"):
             if name in self.trained.modules:
                 self.encoders.use(name, self.trained.modules[name])
-        modules: Mapping[str, Any] = self.trained.modules
-        parameters = list(self.trained.parameters.values())
-        optimizer: Any
-        if self.config.optimizer_in_backward:
-            on_host = HostStates(device=self.accelerator.device) if self.config.optimizer_on_host else None
-            optimizer = StepsInBackward(parameters, partial(make_optimizer, self.config), on_host)
-        else:
-            optimizer = make_optimizer(self.config, parameters)
-        if not self.is_sharded and not self.config.optimizer_in_backward:
-            *prepared, optimizer = self.accelerator.prepare(*modules.values(), optimizer)
-            modules = dict(zip(modules, prepared, strict=True))
-        self.modules, self.optimizer = modules, optimizer
-        device, num_processes = self.accelerator.device, self.accelerator.num_processes
-        if can_record(self.config, device, num_processes):
-            self.graphs = StepGraphs(
-                loss=self._loss_of,
-                kept=self._kept_by,
-                model=self.trained.modules["dit"],
-                parameters=list(self.trained.parameters.values()),
-                optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
-                max_norm=self.config.max_grad_norm or float("inf"),
-            )
+        self.learner = Learner(
+            config=self.config,
+            accelerator=self.accelerator,
+            trained=self.trained,
+            plan=self.plan,
+            feed=self.feed,
+            objective=self.objective,
+            num_steps=self.num_steps,
+        )
         decay = self.config.ema_decay
         self.average = MovingAverage(decay, self.trained.parameters) if decay else None
-
-    def _kept_by(self, batch: Batch) -> Sequence[Tensor]:
-        """The rotary tables of a batch, which the transformer keeps for a while only."""
-        longest = max(text.shape[0] for text in batch.prompt)
-        transformer: Any = self.trained.modules["dit"]
-        tables: Sequence[Tensor] = transformer.pos_embed([(1, *batch.grid)], longest, batch.clean.device)
-        return tables
+        self.saver = Saver(
+            config=self.config,
+            accelerator=self.accelerator,
+            files=self.files,
+            samples=self.samples,
+            plan=self.plan,
+            captions=self.feed.captions,
+            num_steps=self.num_steps,
+            dit=self.trained.modules["dit"],
+            held=Held(
+                parameters=self.trained.parameters, optimizer=self.learner.optimizer, average=self.average
+            ),
+            guard=self.guard,
+        )
 
     def _start_trackers(self) -> None:
         if self.config.loggers:
@@ -376,69 +283,9 @@ class Trainer:
             values = {"loss": record.loss, "lr": record.learning_rate, "grad_norm": record.grad_norm}
             self.accelerator.log(values, step=record.step)
 
-    # --- saving ---
-
-    def _saves_after(self, step: int) -> bool:
-        if step == self.num_steps:
-            return True
-        if self.config.save_steps:
-            return step % self.config.save_steps == 0
-        return step % self.plan.steps_per_epoch == 0
-
-    def _save(self, step: int) -> Path:
-        """Write weights and state; returns the path of the weights."""
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        by_epoch = within == 0 and not self.config.save_steps
-        stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
-        held = self._held()
-        optimizer, tensors, averages = held.whole()
-        path = self.output / f"{stem}.safetensors"
-        if self.accelerator.is_main_process:
-            check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
-            metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
-            dit = self.trained.modules["dit"]
-            for name, weights in (("", tensors), ("-ema", averages)):
-                if weights:
-                    file = self.output / f"{stem}{name}.safetensors"
-                    save_weights(file, weights, self.config, metadata, dit=dit)
-            values = {
-                "guard": self.guard.state(),
-                "data": self._data_digest(),
-                "config": asdict(self.config),
-            }
-            state = make_state(step, optimizer, tensors, averages, values)
-            save_state(self.output, state, keep=self.config.keep_states)
-        self.accelerator.wait_for_everyone()
-        return path
-
-    def _held(self) -> Held:
-        """What a state saves and restores."""
-        return Held(parameters=self.trained.parameters, optimizer=self.optimizer, average=self.average)
-
-    def _restore(self, state: State) -> int:
-        """Take over a state; returns the number of steps done."""
-        self._held().take_over(state)
-        self.guard.load(state.values["guard"])
-        if state.values["data"] != self._data_digest():
-            logger.warning(
-                "The pictures, their order or the size of a step differ from those of the saved state; the "
-                "run goes on, but not as it would have."
-            )
-        logger.info("Resumed after step %d.", state.step)
-        return state.step
-
-    def _data_digest(self) -> str:
-        """Changes when a resumed run would not see the same samples."""
-        plan = self.plan
-        return digest_of(
-            [(sample.digest, sample.size, sample.caption) for sample in self.samples],
-            (plan.repeat, plan.batch_size, plan.accumulation * plan.world, plan.seed),
-            (self.feed.captions.prefix, self.feed.captions.shuffle, self.feed.captions.dropout),
-        )
-
     def _validates_after(self, step: int) -> bool:
         every = self.config.validation_steps
-        return step == self.num_steps or (step % every == 0 if every else self._saves_after(step))
+        return step == self.num_steps or (step % every == 0 if every else self.saver.is_due(step))
 
     def _validate(self, step: int) -> None:
         """Render the prompts; the main process does, the others wait."""
@@ -453,23 +300,3 @@ class Trainer:
             if self.config.cache and "vae" not in self.trained.modules:
                 self.encoders.release()
         self.accelerator.wait_for_everyone()
-
-    def _finish(self, last: Path) -> None:
-        self.accelerator.end_training()
-        if self.accelerator.is_main_process and last.exists():
-            write_card(
-                self.output,
-                self.config,
-                base=self.files.name,
-                weights=last.name,
-                step=self.num_steps,
-                images=len(self.samples),
-            )
-            if self.config.push_to_hub and not self.stop.received:
-                publish(
-                    self.output,
-                    last,
-                    self.config.push_to_hub,
-                    self.config.hub,
-                    private=self.config.hub_private,
-                )

@@ -38,14 +38,14 @@ def test_loss_on_emoji_falls(tmp_path, monkeypatch, kind):
         **{"max_steps": 30, "save_steps": 30, "lora_rank": 16, "learning_rate": 3e-3, **kind},
     )
     before, after = make_trainer(settings), make_trainer(settings)
-    before._fill_cache()
-    before._prepare_models()
+    before.fill_cache()
+    before.prepare()
     after.run(None)
     losses = []
     with torch.no_grad():
         for trainer in (before, after):
             slots = [[Slot(index=i, counter=10**6 + 4 * n + i) for i in range(4)] for n in range(4)]
-            losses.append(sum(trainer._loss(batch)[0].item() for batch in slots) / 4)
+            losses.append(sum(trainer.learner.loss(batch)[0].item() for batch in slots) / 4)
     assert losses[1] < 0.8 * losses[0]
 
 

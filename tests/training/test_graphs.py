@@ -3,7 +3,7 @@
 import pytest
 from training_data import config
 
-from diffusers_qwenimage.training import trainer as module
+from diffusers_qwenimage.training import learner as module
 from diffusers_qwenimage.training.logs import read_log
 from diffusers_qwenimage.training.trainer import train
 

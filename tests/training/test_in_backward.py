@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from training_data import config
 
 from diffusers_qwenimage.training import host_states
-from diffusers_qwenimage.training import trainer as trainer_module
+from diffusers_qwenimage.training import learner as learner_module
 from diffusers_qwenimage.training.checkpoints import load_state
 from diffusers_qwenimage.training.host_states import HostStates
 from diffusers_qwenimage.training.in_backward import round_at_random
@@ -57,7 +57,7 @@ def test_states_in_host_memory_change_nothing(workplace, monkeypatch):
     made = []
     monkeypatch.setattr(host_states, "SMALLEST", 1024)
     monkeypatch.setattr(
-        trainer_module, "HostStates", lambda **given: made.append(HostStates(**given)) or made[-1]
+        learner_module, "HostStates", lambda **given: made.append(HostStates(**given)) or made[-1]
     )
     settings = {**RUN, "learning_rate": 1e-3, "optimizer_in_backward": True}
     train(config(output_path="device", **settings))
@@ -99,7 +99,7 @@ def test_rounding_at_random_has_the_right_mean():
 
 
 def test_a_nan_loss_takes_no_step(workplace, monkeypatch):
-    from diffusers_qwenimage.training import trainer as module
+    from diffusers_qwenimage.training import learner as module
 
     settings = {**RUN, "optimizer_in_backward": True, "max_bad_steps": 3, "save_steps": 100}
     loss = module.flow_matching_loss

@@ -38,8 +38,8 @@ def make_trainer(**changes):
     trainer = Trainer(
         settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal()
     )
-    trainer._fill_cache()
-    trainer._prepare_models()
+    trainer.fill_cache()
+    trainer.prepare()
     torch.manual_seed(3)
     for name, parameter in trainer.trained.parameters.items():
         if "lora_B" in name:  # at first B is 0, and so is the gradient of A
@@ -48,7 +48,7 @@ def make_trainer(**changes):
 
 
 def loss_and_gradients(trainer, batch=2):
-    loss, _ = trainer._loss([Slot(index=i, counter=10 + i) for i in range(batch)])
+    loss, _ = trainer.learner.loss([Slot(index=i, counter=10 + i) for i in range(batch)])
     loss.backward()
     return loss.item(), {name: p.grad for name, p in trainer.trained.parameters.items()}
 
@@ -78,13 +78,12 @@ def test_modulation_from_a_table_is_bit_equal(workplace, dtype, backend):
 def test_the_modulation_of_coming_steps_is_computed_once(workplace):
     trainer = make_trainer(batch_size=2, max_steps=20, gradient_accumulation_steps=2)
     table = trainer.trained.modulation
-    trainer.first_step = 0
-    trainer._prepare_modulation(0)
+    trainer.learner.prepare_modulation(0, 0)
     rows = table.num_rows
     assert 70 < rows <= 80  # of 80 draws from 1000 values, few are equal
     for step in range(20):
         for micro in range(2):
-            trainer._loss(trainer.plan.batch(step, micro, 0))
+            trainer.learner.loss(trainer.plan.batch(step, micro, 0))
     assert table.num_rows == rows
 
 
@@ -128,7 +127,7 @@ def test_streaming_the_base_is_bit_equal(workplace, monkeypatch, checkpointing, 
         assert plan is not None and plan.streamed_bytes > 50_000
         found = loss_and_gradients(trainer)
         assert_equal(found, expected)
-        trainer.optimizer.zero_grad()
+        trainer.learner.optimizer.zero_grad()
         assert_equal(loss_and_gradients(trainer), expected)
 
 
@@ -147,7 +146,7 @@ def test_base_in_8_bits(workplace, kind):
     layers = [part for part in trainer.trained.modules["dit"].modules() if isinstance(part, QuantizedLinear)]
     assert len(layers) == 24 and not any(layer.weight.requires_grad for layer in layers)
     for backend in ("off", "reference"):
-        trainer.optimizer.zero_grad()
+        trainer.learner.optimizer.zero_grad()
         with use_backend(backend):
             _, found = loss_and_gradients(trainer)
         difference = torch.cat([(found[n] - g).flatten() for n, g in expected.items() if g is not None])

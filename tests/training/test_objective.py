@@ -39,7 +39,7 @@ def test_loss_and_gradients_against_diffusers(workplace, kind, batch, checkpoint
         for name, parameter in parameters.items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    loss, _ = trainer._loss(slots)
+    loss, _ = trainer.learner.loss(slots)
     loss.backward()
 
     stock = stock_transformer(trainer, kind)
@@ -66,8 +66,8 @@ def make_trainer(**changes):
     trainer = Trainer(
         settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal()
     )
-    trainer._fill_cache()
-    trainer._prepare_models()
+    trainer.fill_cache()
+    trainer.prepare()
     return trainer
 
 
