@@ -1,8 +1,12 @@
 """What `end_to_end.py` compares: pipelines over one set of random weights of the true size, on the device."""
 
 import gc
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -137,17 +141,13 @@ def stock_cached(weights: Weights) -> Draw:
 
 def diffsynth(weights: Weights) -> Draw:
     """DiffSynth-Studio's pipeline, its model classes over the same weights."""
-    from diffsynth.models.qwen_image_dit import QwenImageDiT
-    from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder
-    from diffsynth.models.qwen_image_vae import QwenImageVAE
-    from diffsynth.pipelines.qwen_image import QwenImagePipeline as Pipeline
-
-    pipe = Pipeline(device=weights.device, torch_dtype=torch.bfloat16)
+    package = _diffsynth_package()
+    pipe = package.QwenImagePipeline(device=weights.device, torch_dtype=torch.bfloat16)
     with torch.device("meta"):
-        pipe.dit = QwenImageDiT(num_layers=len(weights.ours.transformer_blocks))
+        pipe.dit = package.QwenImageDiT(num_layers=len(weights.ours.transformer_blocks))
     pipe.dit.pos_embed = type(pipe.dit.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    pipe.text_encoder = empty_module(QwenImageTextEncoder).to(torch.bfloat16)
-    pipe.vae = QwenImageVAE().to(weights.device, torch.bfloat16)  # its statistics are no buffers
+    pipe.text_encoder = empty_module(package.QwenImageTextEncoder).to(torch.bfloat16)
+    pipe.vae = package.QwenImageVAE().to(weights.device, torch.bfloat16)  # its statistics are no buffers
     for module, source in (
         (pipe.dit, weights.ours),
         (pipe.text_encoder, weights.text_encoder),
@@ -188,6 +188,27 @@ ARMS: dict[str, Callable[[Weights], Draw]] = {
     "diffusers, cache-dit, every second step": stock_cached,
     "diffsynth": diffsynth,
 }
+
+
+def _diffsynth_package() -> Any:
+    """DiffSynth-Studio's module of this pipeline, without what the packages around it import besides (video,
+    sound, libraries of pictures)."""
+    if found := sys.modules.get("diffsynth.pipelines.qwen_image"):
+        return found
+    spec = importlib.util.find_spec("diffsynth")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("it is not installed: pip install --no-deps diffsynth einops modelscope")
+    (root,) = spec.submodule_search_locations
+    for name in ("diffsynth", "diffsynth.core", "diffsynth.diffusion"):
+        bare = ModuleType(name)
+        bare.__path__ = [root + name.removeprefix("diffsynth").replace(".", "/")]
+        sys.modules[name] = bare
+    for part in ("device", "vram", "loader", "gradient", "attention"):
+        names = vars(importlib.import_module(f"diffsynth.core.{part}"))
+        vars(sys.modules["diffsynth.core"]).update({k: v for k, v in names.items() if not k.startswith("__")})
+    scheduler = importlib.import_module("diffsynth.diffusion.flow_match").FlowMatchScheduler
+    vars(sys.modules["diffsynth.diffusion"])["FlowMatchScheduler"] = scheduler
+    return importlib.import_module("diffsynth.pipelines.qwen_image")
 
 
 def _ours(weights: Weights, transformer: Any) -> Any:

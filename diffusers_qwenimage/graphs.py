@@ -149,12 +149,14 @@ class Graphs:
         mode: "auto" records shapes for which launching takes the time, measured on the second call of a
             shape; "on" records every shape; "off" none.
         given_up: why nothing is recorded any more, after memory ran out.
+        num_samples: that were computed so far, recorded or launched.
     """
 
     def __init__(
         self, record: "Callable[[Run, torch.device, Any], tuple[Replay, Tensor]] | None" = None
     ) -> None:
         self.given_up: str | None = None
+        self.num_samples = 0
         self._mode = "auto"
         self._record = record or _capture
         self._needs_gpu = record is None
@@ -224,6 +226,7 @@ class Graphs:
 
     def __call__(self, model: nn.Module, call: ModelCall) -> Tensor:
         """The velocity [B, L, C] of `call`, replayed, recorded or launched."""
+        self.num_samples += call.hidden_states.shape[0]
         if self.why_not(call) is not None:
             return forward(model, call)
         signature = signature_of(model)

@@ -1,0 +1,51 @@
+"""How many pictures of the embedded checkpoint are right, judged by several processes at a time."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny"))
+from evaluate import Request  # noqa: E402
+from judge import judge  # noqa: E402
+
+Pictures = NDArray[np.uint8]
+MOST_PROCESSES = 16
+
+
+class Judges:
+    """Make them before the GPU is used: they are forks of this process.
+
+    Args:
+        requests: whose pictures are judged, in order.
+    """
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._requests = requests
+        number = min(os.cpu_count() or 1, MOST_PROCESSES, len(requests))
+        self._pool = multiprocessing.get_context("fork").Pool(number, torch.set_num_threads, (1,))
+
+    def percent_right(self, pictures: Pictures) -> float:
+        """Of the pictures [N, H, W, 3] of all requests."""
+        jobs = zip(pictures, self._requests, strict=True)
+        return 100 * sum(self._pool.map(_is_right, jobs)) / len(self._requests)
+
+    def stop(self) -> None:
+        """End the processes."""
+        self._pool.terminate()
+
+
+def psnr(pictures: Pictures, exact: Pictures) -> float:
+    """Mean over the pictures of their PSNR in dB; equal pictures count as 99."""
+    errors = ((pictures.astype(np.float64) - exact) ** 2).mean(axis=(1, 2, 3))
+    return float(np.minimum(10 * np.log10(255**2 / np.maximum(errors, 1e-9)), 99).mean())
+
+
+def _is_right(job: tuple[Any, Request]) -> bool:
+    picture, request = job
+    return judge(picture, request.scene, request.caption).right
