@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from .hooked import comes_in_parts, is_hooked, is_only_streamed
 from .kernels import backend
 from .rotary import rotate
 
@@ -40,7 +41,7 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.txt_mlp = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
         self.keep = "all"  # what a fused training step keeps for its backward pass: fused_training.Keep
-        self.mlp_rows: int | None = None  # most image tokens that the fused path's MLP takes at a time
+        self.saves_memory = False  # whether the fused path takes less memory, and more time
         self.plan: Plan | None = None  # of the fused path, as it was made last
 
     def forward(
@@ -103,8 +104,10 @@ class QwenImageTransformerBlock(nn.Module):
             plan = self._plan_now(image, text, modulation)
         if plan is not None:
             from .fused import fused_block  # here, since it imports Triton
+            from .fused_parts import fused_in_parts
 
-            image, text = fused_block(
+            in_parts = self.saves_memory or comes_in_parts(self)
+            image, text = (fused_in_parts if in_parts else fused_block)(
                 self,
                 plan,
                 image,
@@ -141,6 +144,11 @@ class QwenImageTransformerBlock(nn.Module):
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
 
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether memory is saved by writing over the image stream: no hook can have kept what it saw."""
+        return self.saves_memory and (not is_hooked(self) or is_only_streamed(self))
+
     def modulation_of(self, regions_BRD: Tensor) -> tuple[Tensor, Tensor]:
         """Modulation of the image stream [B, R, 6 D] and of the text stream [B, 6 D]."""
         return self.img_mod(regions_BRD), self.txt_mod(regions_BRD[:, 0])
@@ -166,6 +174,8 @@ class QwenImageTransformerBlock(nn.Module):
     ) -> bool:
         """Whether `forward` with these arguments and with gradients takes the fused training path."""
         if torch.compiler.is_compiling() or backend(hidden_states.device).name == "off":
+            return False
+        if comes_in_parts(self):
             return False
         if modulation is not None or joint_attention_kwargs or image_rotary_emb is None:
             return False

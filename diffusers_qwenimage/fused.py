@@ -113,8 +113,7 @@ def fused_block(
     attn = block.attn
     joint = torch.empty((layout.num_rows, 3, attn.heads, attn.head_dim), dtype=dtype, device=device)
 
-    # Another stream has memory of its own: not where memory is what counts.
-    side = side_of(device, "text", wanted=text_beside_image and block.mlp_rows is None)
+    side = side_of(device, "text", wanted=text_beside_image)
     with side:
         target = plan.text_qkv.target
         tokens = attention_norm(text_BTD, text_modulation, text_index, target, triton)
@@ -128,7 +127,8 @@ def fused_block(
     if plan.attended_target is not None:
         attended = [_quantize(sample, plan.attended_target) for sample in attended]
 
-    text_attended = _text_of(attended, layout)  # a copy, since the side stream may still read it below
+    # A copy, since the side stream may still read it below.
+    text_attended = _text_of(attended, layout.text_lengths)
     with side:
         text_attention = plan.text_out(text_attended, dtype)
         target = plan.text_mlp.target
@@ -145,7 +145,7 @@ def fused_block(
     target = plan.image_mlp.target
     image, tokens = mlp_norm(image_BLD, image_attention, image_modulation, image_index, target, triton)
     del image_attention
-    added = plan.image_mlp(tokens, dtype, triton=triton, max_rows=block.mlp_rows)
+    added = plan.image_mlp(tokens, dtype, triton=triton)
     del tokens
     image = _added(image, added, image_modulation, image_index, triton)
     side.join()
@@ -279,9 +279,9 @@ def _rows(tokens: Tokens, start: int, end: int) -> Tokens:
     return tokens[start:end]
 
 
-def _text_of(attended: Sequence[Tokens], layout: Layout) -> Tokens:
+def _text_of(attended: Sequence[Tokens], lengths: Sequence[int]) -> Tokens:
     """The text tokens of all samples, [T, D], in memory of their own."""
-    parts = [_rows(sample, 0, length) for sample, length in zip(attended, layout.text_lengths, strict=True)]
+    parts = [_rows(sample, 0, length) for sample, length in zip(attended, lengths, strict=True)]
     if isinstance(parts[0], Rows):
         # fp8 knows no concatenation
         values = torch.cat([part.values.view(torch.int8) for part in parts if isinstance(part, Rows)])

@@ -359,8 +359,8 @@ def signature_of(model: nn.Module) -> int | None:
             parts += (*state["_active_adapter"], state["_disable_adapters"], len(state["merged_adapters"]))
         elif "processor" in state:
             parts += (type(state["processor"]), state["processor"].__dict__.get("_attention_backend"))
-        elif "mlp_rows" in state:  # a block
-            parts.append(state["mlp_rows"])
+        elif "saves_memory" in state:  # a block
+            parts.append(state["saves_memory"])
         elif "p" in state and isinstance(module, nn.Dropout) and not is_idle_dropout(module):
             return None
         waiting += [child for child in state["_modules"].values() if child is not None]

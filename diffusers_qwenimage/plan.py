@@ -17,7 +17,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from .hooked import is_hooked, is_idle_dropout, is_plain_feed_forward
+from .hooked import is_hooked, is_idle_dropout, is_only_streamed, is_plain_feed_forward
 from .kernels.matmul import linear_gelu_now, linear_into
 from .kernels.quantized import dequantize, gelu_quantize, scaled_linear
 from .kernels.rows import Rows, Target
@@ -156,25 +156,13 @@ class Mlp:
 
     def __init__(self, module: FeedForward, device: torch.device) -> None:
         first, _, last = cast(nn.ModuleList, module.net)
-        self._device = device
         self._up = Layer(cast(GELU, first).proj, device)
         self._down = Layer(last, device)
         self.target = self._up.target
 
-    def __call__(
-        self, x: Tensor | Rows, dtype: torch.dtype, *, triton: bool, max_rows: int | None = None
-    ) -> Tensor:
-        """The MLP of x: [N, D] in `dtype`; of `max_rows` tokens at a time, to save memory."""
-        num_rows = x[0].shape[0] if isinstance(x, Rows) else x.shape[0]
-        if max_rows is None or num_rows <= max_rows:
-            return self._down(self._hidden(x, dtype, triton), dtype)
-        width = cast(nn.Linear, self._down.module).out_features
-        out = torch.empty((num_rows, width), dtype=dtype, device=self._device)
-        for start in range(0, num_rows, max_rows):
-            part = slice(start, start + max_rows)
-            rows = Rows(x.values[part], x.scale[part]) if isinstance(x, Rows) else x[part]
-            self._down.into(out[part], self._hidden(rows, dtype, triton))
-        return out
+    def __call__(self, x: Tensor | Rows, dtype: torch.dtype, *, triton: bool) -> Tensor:
+        """The MLP of x: [N, D] in `dtype`."""
+        return self._down(self._hidden(x, dtype, triton), dtype)
 
     def _hidden(self, x: Tensor | Rows, dtype: torch.dtype, triton: bool) -> Tensor | Rows:
         """What the second layer takes, [N, 4 D]."""
@@ -221,7 +209,7 @@ class Plan:
         for name, child in block._modules.items():
             self._remember(block._modules, name, child)
         for module in _watched(block):
-            if not is_hooked(module):
+            if not is_hooked(module) or is_only_streamed(module):
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             for name, child in module._modules.items():
                 self._remember(module._modules, name, child)
@@ -271,7 +259,9 @@ def _why_not(block: Any, dtype: torch.dtype) -> str | None:
         return f"the kernels are for {', '.join(map(str, TYPES))}, not {dtype}"
     if attn.processor._parallel_config is not None or _is_sharded(attn):
         return "the model is spread over several devices"
-    if is_hooked(attn) or any(is_hooked(getattr(block, name)) for name in NORMS):
+    if (is_hooked(attn) and not is_only_streamed(attn)) or any(
+        is_hooked(getattr(block, name)) for name in NORMS
+    ):
         return "a hook is on a layer"
     for name in HEAD_NORMS:
         norm = getattr(attn, name)

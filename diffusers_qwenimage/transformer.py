@@ -40,11 +40,10 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
+from .hooked import is_hooked
 from .kernels import backend
 from .offload import passing, streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
-
-FRUGAL_ROWS = 1024  # the fewest that keep a large GPU busy
 
 if TYPE_CHECKING:
     from .fused import ModulationAhead
@@ -168,7 +167,6 @@ class QwenImageTransformer2DModel(
         self.inner_dim = width
         self.zero_cond_t = zero_cond_t
         self.gradient_checkpointing = False
-        self.separate_guidance = False  # run the branches of the guidance one after the other
 
         rotary = LayeredRotaryEmbedding if use_layer3d_rope else RotaryEmbedding
         self.pos_embed = rotary(axes_dims_rope)
@@ -269,8 +267,20 @@ class QwenImageTransformer2DModel(
                 interval = -(-len(self.transformer_blocks) // len(controlnet_block_samples))
                 image_BLD = image_BLD + controlnet_block_samples[index // interval]
 
-        velocity = self.proj_out(self.norm_out(image_BLD, temb))
+        velocity = self.proj_out(self._last_norm(image_BLD, temb))
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _last_norm(self, image_BLD: Tensor, temb_BD: Tensor) -> Tensor:
+        """`norm_out`; in place and one sample at a time where memory is saved."""
+        norm = self.norm_out
+        may_overwrite = not torch.is_grad_enabled() and self._blocks()[-1].may_overwrite
+        if not may_overwrite or is_hooked(norm) or is_hooked(norm.norm):
+            normalised: Tensor = norm(image_BLD, temb_BD)
+            return normalised
+        scales, shifts = norm.linear(norm.silu(temb_BD).to(image_BLD.dtype)).chunk(2, dim=1)
+        for image_LD, scale, shift in zip(image_BLD, scales, shifts, strict=True):
+            image_LD.copy_(norm.norm(image_LD) * (1 + scale) + shift)
+        return image_BLD
 
     @torch.no_grad()
     def tabulate_modulation(
@@ -308,14 +318,12 @@ class QwenImageTransformer2DModel(
         return ModulationTable(image=torch.stack(image, dim=1), text=torch.stack(text, dim=1))
 
     def save_memory(self, enabled: bool = True) -> None:
-        """Take less device memory for activations, a third at best, for more time.
+        """Take less device memory for activations, a third, for a little more time; results stay the same.
 
-        The pipelines then run the branches of the guidance one after the other, and the fused path's MLPs
-        take `FRUGAL_ROWS` image tokens at a time.
+        On the fused path blocks then compute one sample at a time, in place (fused_parts.py).
         """
-        self.separate_guidance = enabled
         for block in self._blocks():
-            block.mlp_rows = FRUGAL_ROWS if enabled else None
+            block.saves_memory = enabled
 
     def offload_modulation(self, device: str | torch.device = "cpu") -> None:
         """Move the blocks' modulation weights away: 13.6 of the published model's 40.9 GB in bf16.

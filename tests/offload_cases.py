@@ -51,9 +51,9 @@ def run(model, inputs):
     return (output.sample if hasattr(output, "sample") else output.logits).clone()
 
 
-def limit_of(model, share, **settings):
-    """A budget between the smallest (0) and that of everything (1)."""
-    whole = plan_stream(model, None, device="cpu", **settings)
+def limit_of(model, share, *, split=False, **settings):
+    """A budget between the smallest (0; `split`: for parts of blocks) and that of everything (1)."""
+    whole = plan_stream(model, None, device="cpu", split=split, **settings)
     return int(whole.smallest_bytes + share * (whole.resident_bytes - whole.smallest_bytes))
 
 

@@ -25,7 +25,7 @@
 
 from .adopt import adopt
 from .passage import passing
-from .plan import BlockPlan, Source, StreamPlan, plan_stream
+from .plan import BlockPlan, Source, StreamPlan, Surveys, plan_stream, surveys_of
 from .stream import fetched_bytes, rest, stream, streamed, unstream
 from .survey import find_blocks
 
@@ -33,6 +33,7 @@ __all__ = [
     "BlockPlan",
     "Source",
     "StreamPlan",
+    "Surveys",
     "adopt",
     "fetched_bytes",
     "find_blocks",
@@ -41,5 +42,6 @@ __all__ = [
     "rest",
     "stream",
     "streamed",
+    "surveys_of",
     "unstream",
 ]

@@ -54,6 +54,7 @@ def adopt(
     on_call: Sequence[str] | None = None,
     source: Source = "pinned",
     num_slots: int | None = None,
+    split: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamPlan:
     """Load a module that is on the meta device, and stream it.
@@ -86,6 +87,7 @@ def adopt(
         on_call=on_call,
         source=source,
         num_slots=num_slots,
+        split=split,
     )
     if source == "mapped":
         _check_unchanged(module, placement, scaled)

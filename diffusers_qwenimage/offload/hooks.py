@@ -4,21 +4,20 @@ A hook that brings weights must be the innermost: a step cache above it then dec
 all, before anything is copied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-BLOCK_HOOK = "diffusers_qwenimage_stream"
 CALL_HOOK = "diffusers_qwenimage_on_call"
 GATHER_HOOK = "diffusers_qwenimage_gather"
-HOOKS = (BLOCK_HOOK, CALL_HOOK, GATHER_HOOK)
 
 
-class BlockHook(ModelHook):
-    """Runs a block between entering and leaving, whatever happens in it."""
+class StreamHook(ModelHook):
+    """Runs a module between entering and leaving, whatever happens in it."""
 
     def __init__(self, enter: Callable[[], None], leave: Callable[[], None]) -> None:
         super().__init__()
@@ -26,10 +25,19 @@ class BlockHook(ModelHook):
         self._leave = leave
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block, with its weights on the device."""
+        """The module, with its weights on the device."""
         self._enter()
         try:
             return self.fn_ref.original_forward(*args, **kwargs)
+        finally:
+            self._leave()
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Around reading the weights without calling the module."""
+        self._enter()
+        try:
+            yield
         finally:
             self._leave()
 
@@ -69,22 +77,27 @@ class GatherHook(ModelHook):
 
 
 def add_innermost(module: nn.Module, hook: ModelHook, name: str) -> None:
-    """Register a hook below those that the module has.
-
-    Raises:
-        ValueError: if accelerate's hooks are on the module.
-    """
-    if hasattr(module, "_hf_hook"):
-        raise ValueError(
-            f"{type(module).__name__} has a hook of accelerate (device_map, CPU offload). Remove it first: "
-            "pipe.remove_all_hooks()."
-        )
+    """Register a hook below those that the module has."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
     above = _take_off(registry, list(registry._hook_order))
     try:
         registry.register_hook(hook, name)
     finally:
         _put_on(registry, above)
+
+
+def refuse_accelerate(module: nn.Module) -> None:
+    """Two that move the same weights cannot live together.
+
+    Raises:
+        ValueError: if accelerate's hooks are on the module or in it.
+    """
+    for part in module.modules():
+        if hasattr(part, "_hf_hook"):
+            raise ValueError(
+                f"{type(part).__name__} has a hook of accelerate (device_map, CPU offload). Remove it first: "
+                "pipe.remove_all_hooks()."
+            )
 
 
 def remove(module: nn.Module, name: str) -> None:

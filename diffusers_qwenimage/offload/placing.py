@@ -52,6 +52,8 @@ def place_existing(
     for group in parts.on_host:
         for member in group:
             member.tensor.data = member.tensor.data.cpu()
+    for name in set(before) - {block.name for block in parts.blocks}:
+        del before[name]  # blocks instead of their parts, or the other way: slabs go with their last tensor
     memory = HostMemory(device)
     _place_resident(parts.rest, device, progress)
     blocks = zip(parts.blocks, placement.resident, placement.streamed, strict=True)

@@ -2,7 +2,9 @@
 
 Every block keeps about the same fraction of its weights on the device, so that the link is busy all the time
 and no block waits for more than the others. Groups of tensors become resident in order of the fraction of
-their block that is then resident; blocks of equal fraction in an order that spreads them over the list.
+their block that is then resident; blocks of equal fraction in an order that spreads them over the list. Where
+there is no room for two whole blocks, parts of blocks (survey.py) come and go instead: the attention and the
+two MLPs of a block of our transformer are of one size, and three slots for them take the memory of one block.
 """
 
 from collections.abc import Sequence
@@ -11,8 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from .layout import layout_of
-from .survey import Block, Group, Survey, num_bytes_of, survey
+from .survey import Block, Group, Survey, layout_bytes, num_bytes_of, survey
 
 Source = Literal["pinned", "mapped"]
 SOURCES = ("pinned", "mapped")
@@ -45,15 +46,17 @@ class StreamPlan:
         vram_limit: the budget for the module's weights on the device; None: no limit.
         device: where the module computes.
         source: where streamed weights come from: "pinned" host memory, or the "mapped" file.
-        num_slots: places on the device for blocks that are on their way or at work; 0 if nothing streams.
+        num_slots: places on the device for what is on its way or at work; 0 if nothing streams.
+        is_split: whether these are for parts of blocks, and not for whole ones.
         resident_bytes: weights that stay on the device.
         slot_bytes: all slots together.
         streamed_bytes: what one pass through all blocks copies to the device.
         pinned_bytes: host memory that is pinned.
         on_call_bytes: weights that stay in host memory and are used there, or come when they are called.
         smallest_bytes: the smallest budget that works, with one slot: nothing is copied while it computes.
-        smallest_overlapping_bytes: the smallest with two slots, where copies are hidden behind the work.
-        blocks: block by block.
+        smallest_overlapping_bytes: the smallest where copies are hidden behind the work: with two slots for
+            blocks, or three for parts of them.
+        blocks: block by block, or part by part.
         on_call: names of the modules that stay in host memory.
     """
 
@@ -61,6 +64,7 @@ class StreamPlan:
     device: str
     source: Source
     num_slots: int
+    is_split: bool
     resident_bytes: int
     slot_bytes: int
     streamed_bytes: int
@@ -101,15 +105,55 @@ def plan_stream(
     on_call: Sequence[str] | None = None,
     source: Source = "pinned",
     num_slots: int | None = None,
+    split: bool | None = None,
+    surveys: "Surveys | None" = None,
 ) -> StreamPlan:
     """Plan streaming without touching the module; arguments as in `stream`.
+
+    Args:
+        surveys: `surveys_of` the module, for several plans of it; `blocks` and `on_call` are in them.
 
     Raises:
         ValueError: if the budget is too small (it says what the smallest is), or an argument makes no sense.
     """
     return make_plan(
-        module, vram_limit, device=device, blocks=blocks, on_call=on_call, source=source, num_slots=num_slots
+        module,
+        vram_limit,
+        device=device,
+        blocks=blocks,
+        on_call=on_call,
+        source=source,
+        num_slots=num_slots,
+        split=split,
+        surveys=surveys,
     ).plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveys:
+    """A module taken apart in every way that a plan may need.
+
+    Attributes:
+        streamed: if its blocks stream: as little as can be belongs on the device.
+        split: if parts of blocks do.
+        whole: if it fits as a whole, the largest first.
+    """
+
+    streamed: Survey
+    split: Survey
+    whole: tuple[Survey, ...]
+
+
+def surveys_of(
+    module: nn.Module, *, blocks: Sequence[str] | None = None, on_call: Sequence[str] | None = None
+) -> Surveys:
+    """Take a module apart, for several plans of it; arguments and errors as of `survey`."""
+    ways: list[Sequence[str] | None] = [on_call] if on_call is not None else [(), None]
+    return Surveys(
+        streamed=survey(module, blocks=blocks, on_call=on_call),
+        split=survey(module, blocks=blocks, on_call=on_call, split=True),
+        whole=tuple(survey(module, blocks=blocks, on_call=way, large_on_host=False) for way in ways),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,25 +182,56 @@ def make_plan(
     on_call: Sequence[str] | None,
     source: Source,
     num_slots: int | None,
+    split: bool | None = None,
+    surveys: Surveys | None = None,
 ) -> Placement:
     """`plan_stream`, with the tensors."""
     _check(vram_limit, source, num_slots)
-    parts = survey(module, blocks=blocks, on_call=on_call)
-    for aside in [on_call] if on_call is not None else [(), None]:
-        whole = survey(module, blocks=blocks, on_call=aside, large_on_host=False)
+    surveys = surveys or surveys_of(module, blocks=blocks, on_call=on_call)
+    smallest = _smallest(surveys, split)
+    for whole in surveys.whole:
         everything = [len(block.large) for block in whole.blocks]
         if vram_limit is None or _device_bytes(whole, everything, 0) <= vram_limit:
-            return _placement(whole, everything, vram_limit, device, source, 0, least=parts)
+            return _placement(whole, everything, vram_limit, device, source, 0, smallest)
     assert vram_limit is not None
-    for slots in [num_slots] if num_slots else range(MAX_SLOTS, 0, -1):
+    ways = _ways(surveys, num_slots, split)
+    for parts, slots in ways:
         levels = _levels(parts, vram_limit, slots)
         if levels is not None:
-            return _placement(parts, levels, vram_limit, device, source, slots, least=parts)
-    least = _device_bytes(parts, [0] * len(parts.blocks), num_slots or 1)
+            return _placement(parts, levels, vram_limit, device, source, slots, smallest)
+    least = min(_least_bytes(parts, slots) for parts, slots in ways)
     raise ValueError(
-        f"{vram_limit:,} bytes are too few for the weights of {type(module).__name__}: streaming them block "
-        f"by block with {num_slots or 1} slot(s) takes at least {least:,} bytes ({least / 2**30:.2f} GiB)."
+        f"{vram_limit:,} bytes are too few for the weights of {type(module).__name__}: streaming them with "
+        f"{num_slots or 1} slot(s) takes at least {least:,} bytes ({least / 2**30:.2f} GiB)."
     )
+
+
+def _ways(surveys: Surveys, num_slots: int | None, split: bool | None) -> list[tuple[Survey, int]]:
+    """What may come and go, and the slots for it, the best way first.
+
+    With one slot nothing is copied beside the work: parts of blocks that overlap are better than that.
+    """
+    blocks = [(surveys.streamed, slots) for slots in _slot_numbers(num_slots)] if not split else []
+    parts = [(surveys.split, slots) for slots in _slot_numbers(num_slots)] if split is not False else []
+    return sorted(blocks + parts, key=lambda way: way[1] == 1)
+
+
+def _slot_numbers(num_slots: int | None) -> Sequence[int]:
+    return [num_slots] if num_slots else range(MAX_SLOTS, 0, -1)
+
+
+def _smallest(surveys: Surveys, split: bool | None) -> tuple[int, int]:
+    """The smallest budget that works, and the smallest with which copies are hidden behind the work."""
+    ways = [(surveys.streamed, 2)] if not split else []
+    ways += [(surveys.split, 3)] if split is not False else []
+    one, enough = zip(
+        *((_least_bytes(parts, 1), _least_bytes(parts, num_slots)) for parts, num_slots in ways), strict=True
+    )
+    return min(one), min(enough)
+
+
+def _least_bytes(parts: Survey, num_slots: int) -> int:
+    return _device_bytes(parts, [0] * len(parts.blocks), num_slots)
 
 
 def _check(vram_limit: int | None, source: str, num_slots: int | None) -> None:
@@ -173,13 +248,13 @@ def _levels(parts: Survey, limit: int, num_slots: int) -> list[int] | None:
     levels = [0] * len(parts.blocks)
     best = list(levels) if _device_bytes(parts, levels, num_slots) <= limit else None
     resident = _device_bytes(parts, levels, 0)
-    streamed = [layout_bytes(block.large) for block in parts.blocks]
+    streamed = [block.last_bytes[0] for block in parts.blocks]
     for index in _upgrades(parts):
         block = parts.blocks[index]
         resident -= _slab_bytes(block, levels[index])
         levels[index] += 1
         resident += _slab_bytes(block, levels[index])
-        streamed[index] = layout_bytes(block.large[levels[index] :])
+        streamed[index] = block.last_bytes[levels[index]]
         if resident + num_slots * rounded(max(streamed)) <= limit:
             best = list(levels)
         elif resident > limit:
@@ -213,13 +288,13 @@ def _spread(place: int) -> float:
 def _device_bytes(parts: Survey, levels: Sequence[int], num_slots: int) -> int:
     pairs = list(zip(parts.blocks, levels, strict=True))
     resident = rounded(layout_bytes(parts.rest)) + sum(_slab_bytes(block, level) for block, level in pairs)
-    largest = max(layout_bytes(block.large[level:]) for block, level in pairs)
+    largest = max(block.last_bytes[level] for block, level in pairs)
     return resident + num_slots * rounded(largest)
 
 
 def _slab_bytes(block: Block, level: int) -> int:
     """What a block with `level` large groups keeps on the device, in two slabs."""
-    return rounded(layout_bytes(block.small)) + rounded(layout_bytes(block.large[:level]))
+    return rounded(block.small_bytes) + rounded(block.first_bytes[level])
 
 
 def _placement(
@@ -229,27 +304,26 @@ def _placement(
     device: str,
     source: Source,
     num_slots: int,
-    *,
-    least: Survey,
+    smallest: tuple[int, int],
 ) -> Placement:
     pairs = list(zip(parts.blocks, levels, strict=True))
     resident = tuple(block.large[:level] for block, level in pairs)
     streamed = tuple(block.large[level:] for block, level in pairs)
-    of_blocks = [layout_bytes(groups) for groups in streamed]
+    of_blocks = [block.last_bytes[level] for block, level in pairs]
     total = sum(of_blocks)
-    none = [0] * len(least.blocks)
     plan = StreamPlan(
         vram_limit=limit,
         device=device,
         source=source,
         num_slots=num_slots if total else 0,
+        is_split=parts.is_split and total > 0,
         resident_bytes=_device_bytes(parts, levels, 0),
         slot_bytes=num_slots * rounded(max(of_blocks)),
         streamed_bytes=total,
         pinned_bytes=total if source == "pinned" else num_slots * max(of_blocks),
         on_call_bytes=num_bytes_of(parts.on_host),
-        smallest_bytes=_device_bytes(least, none, 1),
-        smallest_overlapping_bytes=_device_bytes(least, none, 2),
+        smallest_bytes=smallest[0],
+        smallest_overlapping_bytes=smallest[1],
         on_call=(*parts.on_call, *parts.gathered),
         blocks=tuple(
             BlockPlan(
@@ -262,11 +336,6 @@ def _placement(
         ),
     )
     return Placement(plan=plan, survey=parts, resident=resident, streamed=streamed)
-
-
-def layout_bytes(groups: Sequence[Group]) -> int:
-    """Bytes of a slab of these groups."""
-    return layout_of([[member.spec for member in group] for group in groups]).num_bytes
 
 
 def rounded(num_bytes: int) -> int:

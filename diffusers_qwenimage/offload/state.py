@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_qwenimage.hooked import STREAM_HOOK
+
 from .hooks import (
-    BLOCK_HOOK,
     CALL_HOOK,
     GATHER_HOOK,
-    BlockHook,
     CallHook,
     GatherHook,
+    StreamHook,
     add_innermost,
+    refuse_accelerate,
     remove,
 )
 from .lanes import Lane, lane_to
@@ -97,6 +99,7 @@ class Streaming:
         """
         plan, started = self.placement.plan, False
         try:
+            refuse_accelerate(self._module)
             self._reserve_slots()
             total = plan.resident_bytes + plan.streamed_bytes
             with torch.no_grad():
@@ -164,11 +167,12 @@ class Streaming:
                 self._ring,
                 self.device,
                 list(parts.on_call.values()),
+                is_split=parts.is_split,
             )
         for index, unit in enumerate(self._units):
             assert self._visits is not None
             enter = _Enter(self._visits, index)
-            self._hook(modules[unit.name], BlockHook(enter, self._visits.leave), BLOCK_HOOK)
+            self._hook(modules[unit.name], StreamHook(enter, self._visits.leave), STREAM_HOOK)
             self._freeze(unit.members)
         for module in parts.on_call.values():
             self._hook(module, CallHook(self.device), CALL_HOOK)

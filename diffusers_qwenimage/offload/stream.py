@@ -30,6 +30,7 @@ def stream(
     on_call: Sequence[str] | None = None,
     source: Source = "pinned",
     num_slots: int | None = None,
+    split: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamPlan:
     """Stream the weights of a module's blocks to a device; again with another budget to plan anew.
@@ -51,6 +52,9 @@ def stream(
             host, usually in a memory-mapped file, and pass through two pinned buffers.
         num_slots: places for blocks on the device; None: three, or fewer if the budget is small. With one,
             nothing is copied while a block computes.
+        split: whether parts of blocks (the modules that they call) come and go instead of whole blocks, which
+            takes a third of the memory and works without gradients only; None: where the budget is too small
+            for two whole blocks.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -70,6 +74,7 @@ def stream(
         on_call=on_call,
         source=source,
         num_slots=num_slots,
+        split=split,
     )
     units = before.disconnect() if before is not None else {}
     Streaming(module, placement, target).start(partial(place_existing, units), progress)

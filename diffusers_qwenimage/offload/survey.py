@@ -1,21 +1,24 @@
 """What a module consists of, for streaming: its blocks, what is in them, and the rest.
 
 A block is an item of a `ModuleList` whose items are of one class; blocks run one after the other, each as a
-whole. Some parts of a module need not be on the device at all: those that run rarely or never (the modulation
-of our transformer when it is tabulated, an output layer, a vision tower) and large embeddings, of which a
-forward reads a few rows.
+whole. Where even one of them is too large, the modules in it that are called as a whole take its place (its
+attention, its MLPs). Some parts of a module need not be on the device at all: those that run rarely or never
+(the modulation of our transformer when it is tabulated, an output layer, a vision tower) and large
+embeddings, of which a forward reads a few rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from diffusers_qwenimage.projections import GROUPS
 
-from .layout import Spec
+from .layout import Spec, layout_of
 
 LARGE_BYTES = 256 * 2**20  # parts outside of the blocks from this size on can stay in host memory
+LARGE_BESIDE_PARTS = 32 * 2**20  # the same where blocks are split: a few milliseconds of a step for memory
 SMALL_SHARE = 256  # tensors of less than 1/256 of their block are resident: norms, biases, scales
 
 
@@ -42,9 +45,9 @@ class Member:
         assert found is not None
         return found
 
-    @property
+    @cached_property
     def spec(self) -> Spec:
-        """Shape and type."""
+        """Shape and type, as they were when first asked for: plans ask for them many times."""
         tensor = self.tensor
         return Spec(tuple(tensor.shape), tensor.dtype)
 
@@ -57,13 +60,18 @@ def num_bytes_of(groups: Iterable[Group]) -> int:
     return sum(member.spec.num_bytes for group in groups for member in group)
 
 
+def layout_bytes(groups: Iterable[Group]) -> int:
+    """Bytes of a slab of these groups."""
+    return layout_of([[member.spec for member in group] for group in groups]).num_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block.
+    """What comes and goes as a whole: a block, or a part of one.
 
     Attributes:
         name: in the whole module.
-        module: the block.
+        module: whose weights these are.
         large: groups that may be streamed, the smallest first.
         small: groups that are not worth it, always resident.
     """
@@ -72,6 +80,21 @@ class Block:
     module: nn.Module
     large: tuple[Group, ...]
     small: tuple[Group, ...]
+
+    @cached_property
+    def first_bytes(self) -> tuple[int, ...]:
+        """Of slabs of the first 0, 1, 2... large groups."""
+        return tuple(layout_bytes(self.large[:count]) for count in range(len(self.large) + 1))
+
+    @cached_property
+    def last_bytes(self) -> tuple[int, ...]:
+        """Of slabs of all but the first 0, 1, 2... large groups."""
+        return tuple(layout_bytes(self.large[count:]) for count in range(len(self.large) + 1))
+
+    @cached_property
+    def small_bytes(self) -> int:
+        """Of a slab of the small groups."""
+        return layout_bytes(self.small)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +106,21 @@ class Survey:
         rest: groups outside of blocks that belong on the device.
         on_call: modules whose weights stay in host memory and come to the device for a call, by name.
         gathered: embeddings that stay in host memory; rows are looked up there.
+        is_split: whether parts of blocks stand for blocks.
     """
 
     lists: dict[str, tuple[Block, ...]]
     rest: tuple[Group, ...]
     on_call: dict[str, nn.Module]
     gathered: dict[str, nn.Module]
+    is_split: bool
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all lists."""
         return tuple(block for blocks in self.lists.values() for block in blocks)
 
-    @property
+    @cached_property
     def on_host(self) -> tuple[Group, ...]:
         """What stays in host memory and does not stream."""
         aside = (*self.on_call.items(), *self.gathered.items())
@@ -109,6 +134,7 @@ def survey(
     blocks: Sequence[str] | None = None,
     on_call: Sequence[str] | None = None,
     large_on_host: bool = True,
+    split: bool = False,
 ) -> Survey:
     """Take a module apart. Adapters of PEFT are left out: they are small and come along.
 
@@ -118,6 +144,7 @@ def survey(
         on_call: names of submodules that stay in host memory, as seen from the module or from its blocks;
             None: what the module's class names in `_stream_on_call`.
         large_on_host: leave large parts outside of the blocks in host memory too: embeddings, output layers.
+        split: take the modules that a block calls as a whole instead of blocks.
 
     Raises:
         ValueError: if there are no blocks, or no submodule of a given name.
@@ -134,16 +161,12 @@ def survey(
     for name, part in aside.items():
         _new(members_of(part, name), seen)
     surveyed = {
-        list_name: tuple(
-            _block(name, item, seen)
-            for name, item in items.items()
-            if not any(name == other or name.startswith(f"{other}.") for other in aside)
-        )
+        list_name: tuple(_blocks(_parts(items) if split else items, aside, seen))
         for list_name, items in lists.items()
     }
     gathered: dict[str, nn.Module] = {}
     if large_on_host:
-        for name, part in _large_leaves(module, seen):
+        for name, part in _large_leaves(module, seen, LARGE_BESIDE_PARTS if split else LARGE_BYTES):
             (gathered if type(part) is nn.Embedding else aside)[name] = part
             _new(members_of(part, name), seen)
     return Survey(
@@ -151,6 +174,7 @@ def survey(
         rest=tuple(_groups(_new(members_of(module, ""), seen))),
         on_call=aside,
         gathered=gathered,
+        is_split=split,
     )
 
 
@@ -218,6 +242,40 @@ def _fits(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def _blocks(
+    items: Mapping[str, nn.Module], aside: Mapping[str, nn.Module], seen: set[int]
+) -> Iterator[Block]:
+    for name, item in items.items():
+        if not any(name == other or name.startswith(f"{other}.") for other in aside):
+            yield _block(name, item, seen)
+
+
+def _parts(items: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that blocks call, in the order in which they are registered; small ones are left out.
+
+    A block with large tensors of its own stays whole.
+    """
+    parts: dict[str, nn.Module] = {}
+    for name, item in items.items():
+        total = _num_bytes(item)
+        if any(tensor.nbytes * SMALL_SHARE >= total for tensor in item.parameters(recurse=False)):
+            parts[name] = item
+            continue
+        pending = [(f"{name}.{child_name}", child) for child_name, child in item.named_children()]
+        while pending:
+            part_name, part = pending.pop(0)
+            if isinstance(part, nn.ModuleList):  # is not called
+                inside = [(f"{part_name}.{child_name}", child) for child_name, child in part.named_children()]
+                pending = inside + pending
+            elif _num_bytes(part) * SMALL_SHARE >= total:
+                parts[part_name] = part
+    return parts
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(member.spec.num_bytes for member in members_of(module, ""))
+
+
 def _block(name: str, module: nn.Module, seen: set[int]) -> Block:
     groups = _groups(_new(members_of(module, name), seen))
     total = num_bytes_of(groups)
@@ -234,12 +292,12 @@ def _block(name: str, module: nn.Module, seen: set[int]) -> Block:
     )
 
 
-def _large_leaves(module: nn.Module, seen: set[int]) -> list[tuple[str, nn.Module]]:
+def _large_leaves(module: nn.Module, seen: set[int], least: int) -> list[tuple[str, nn.Module]]:
     found = []
     for name, part in module.named_modules():
         if name and not part._modules:
             mine = _new(members_of(part, name), set(seen))
-            if sum(member.spec.num_bytes for member in mine) >= LARGE_BYTES:
+            if sum(member.spec.num_bytes for member in mine) >= least:
                 found.append((name, part))
     return found
 

@@ -50,6 +50,7 @@ class Visits:
         ring: brings their weights.
         device: where they compute.
         aside: modules within blocks that fetch their weights themselves.
+        is_split: whether these are parts of blocks: a backward pass would need all of a block's at once.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class Visits:
         ring: Ring,
         device: torch.device,
         aside: Sequence[nn.Module],
+        *,
+        is_split: bool = False,
     ) -> None:
         self._units = units
         self._modules = modules
         self._ring = ring
         self._device = device
         self._aside = frozenset(map(id, aside))
+        self._is_split = is_split
         self._busy = threading.Lock()
         self._open: Visit | None = None
         self._kept: Visit | None = None
@@ -83,7 +87,8 @@ class Visits:
 
         Raises:
             RuntimeError: if another block is being visited: two threads run the module at once.
-            ValueError: if a weight was replaced by one of another shape or type, or asks for a gradient.
+            ValueError: if a weight was replaced by one of another shape or type, or asks for a gradient; with
+                gradients where blocks are split.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
@@ -147,6 +152,12 @@ class Visits:
     def _begin(self, index: int, with_gradient: bool) -> None:
         unit = self._units[index]
         tensors = [member.tensor for member in unit.members]
+        if with_gradient and self._is_split:
+            raise ValueError(
+                f"{unit.name} is a part of a block that streams by itself, which works without gradients "
+                "only: use the module under torch.no_grad(), or call stream(..., split=False), which needs "
+                "memory for a whole block."
+            )
         if with_gradient and any(tensor.requires_grad for tensor in tensors):
             raise ValueError(
                 f"Weights of {unit.name} ask for gradients, but they stream and cannot be trained: they are "

@@ -160,7 +160,7 @@ def test_a_block_fails(error, with_gradient, monkeypatch):
 def test_refused_budgets_change_nothing():
     model, inputs = transformer(), transformer_inputs()
     expected = run(model, inputs)
-    smallest = limit_of(model, 0.0)
+    smallest = limit_of(model, 0.0, split=None)
     with pytest.raises(ValueError, match=f"at least {smallest:,} bytes"):
         stream(model, device="cpu", vram_limit=smallest - 1)
     assert streamed(model) is None

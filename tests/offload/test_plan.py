@@ -58,14 +58,14 @@ def test_expected_time(published):
     assert plan.seconds_per_pass(compute=0.1, link=link) == plan.streamed_bytes / link
     assert plan.seconds_per_pass(compute=9.0, link=link) == 9.0
     one = plan_stream(published, plan.smallest_bytes)
-    assert one.num_slots == 1
+    assert one.num_slots == 1 and one.is_split
     assert one.seconds_per_pass(compute=0.1, link=link) == 0.1 + one.streamed_bytes / link
 
 
 def test_8_bit_halves_what_streams(published):
     eight = empty_module(QwenImageTransformer2DModel).to(torch.bfloat16)
     quantize_(eight, "fp8")
-    plan, before = plan_stream(eight, GB), plan_stream(published, GB)
+    plan, before = plan_stream(eight, GB, split=False), plan_stream(published, GB, split=False)
     assert 0.49 < plan.streamed_bytes / before.streamed_bytes < 0.51
     assert plan.smallest_bytes < 0.65 * before.smallest_bytes
 
@@ -75,9 +75,25 @@ def test_too_little_is_refused_with_the_least_that_works(published):
     with pytest.raises(ValueError, match=f"at least {least:,} bytes"):
         plan_stream(published, least - 1)
     assert plan_stream(published, least).device_bytes == least
-    two = plan_stream(published, None).smallest_overlapping_bytes
-    assert plan_stream(published, two - 1).num_slots == 1
-    assert plan_stream(published, two).num_slots == 2
+    for split, num_slots in ((False, 2), (None, 3), (True, 3)):
+        enough = plan_stream(published, None, split=split).smallest_overlapping_bytes
+        assert plan_stream(published, enough, split=split).num_slots == num_slots
+        assert plan_stream(published, enough - 1, split=split).num_slots == num_slots - 1
+
+
+def test_three_parts_of_blocks_take_the_memory_of_one(published):
+    blocks, parts = (plan_stream(published, None, split=split) for split in (False, True))
+    assert plan_stream(published, blocks.smallest_bytes).is_split
+    assert 2.9 * parts.smallest_bytes < parts.smallest_overlapping_bytes + 2 * parts.resident_bytes
+    assert parts.smallest_overlapping_bytes < blocks.smallest_bytes
+    whole = plan_stream(published, blocks.smallest_overlapping_bytes)
+    assert not whole.is_split and whole.num_slots == 2
+    split = plan_stream(published, blocks.smallest_overlapping_bytes - 1)
+    assert split.is_split and split.num_slots == 3
+    # What is left of the budget is used: parts stay resident.
+    assert blocks.smallest_overlapping_bytes - split.device_bytes < 3072 * 12288 * 2
+    sizes = {block.streamed_bytes for block in plan_stream(published, parts.smallest_bytes).blocks}
+    assert max(sizes) - min(sizes) < 2**20  # attention and MLPs are alike
 
 
 def test_arguments_are_checked(published):
@@ -107,7 +123,7 @@ def test_blocks_by_name():
     model, inputs = transformer(), transformer_inputs()
     expected = run(model, inputs)
     names = ["transformer_blocks.1", "transformer_blocks.3"]
-    smallest = plan_stream(model, None, blocks=names).smallest_bytes
+    smallest = plan_stream(model, None, blocks=names, split=False).smallest_bytes
     plan = stream(model, device="cpu", vram_limit=smallest, blocks=names)
     assert [block.name for block in plan.blocks] == names
     assert torch.equal(run(model, inputs), expected)
@@ -143,19 +159,20 @@ def test_tied_weights_count_once():
 @given(
     share=st.floats(0, 1.05),
     num_slots=st.sampled_from([None, 1, 2, 3]),
+    split=st.sampled_from([None, False, True]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     kind=st.sampled_from([None, "fp8", "fp8-storage"]),
     num_layers=st.integers(2, 7),
     heads=st.integers(1, 3),
     on_call=st.sampled_from([None, (), ("img_mod",), ("txt_mlp",)]),
 )
-def test_random_plans_keep_to_their_budget(share, num_slots, dtype, kind, num_layers, heads, on_call):
+def test_random_plans_keep_to_their_budget(share, num_slots, dtype, kind, num_layers, heads, on_call, split):
     """What is really allocated, for 100 models and budgets."""
     config = {**components.TRANSFORMER, "num_layers": num_layers, "num_attention_heads": heads}
     model = QwenImageTransformer2DModel(**config).to(dtype).requires_grad_(False)
     if kind is not None:
         quantize_(model, kind)
-    limit = limit_of(model, share, on_call=on_call)
+    limit = limit_of(model, share, on_call=on_call, split=split)
     taken = []
 
     def slab(num_bytes, device):
@@ -166,7 +183,9 @@ def test_random_plans_keep_to_their_budget(share, num_slots, dtype, kind, num_la
         patch.setattr(state, "device_slab", slab)
         patch.setattr(placing, "device_slab", slab)
         try:
-            plan = stream(model, device="cpu", vram_limit=limit, num_slots=num_slots, on_call=on_call)
+            plan = stream(
+                model, device="cpu", vram_limit=limit, num_slots=num_slots, on_call=on_call, split=split
+            )
         except ValueError:
             assert (num_slots or 1) > 1  # the smallest budget has one slot
             return

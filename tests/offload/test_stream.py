@@ -31,17 +31,19 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("split", [False, True, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_at_every_budget(name, dtype):
+def test_equal_at_every_budget(name, dtype, split):
     make, make_inputs = MODELS[name]
     model, inputs = make(dtype), make_inputs(dtype)
     expected = run(model, inputs)
     streamed_bytes = []
     for share in BUDGETS:
-        limit = limit_of(model, share)
-        plan = stream(model, device="cpu", vram_limit=limit)
+        limit = limit_of(model, share, split=split)
+        plan = stream(model, device="cpu", vram_limit=limit, split=split)
         assert plan.device_bytes <= limit
+        assert split is None or plan.is_split == (split and plan.num_slots > 0)
         assert (plan.streamed_bytes > 0) == (plan.num_slots > 0)
         streamed_bytes.append(plan.streamed_bytes)
         for _ in range(3):
@@ -52,15 +54,16 @@ def test_equal_at_every_budget(name, dtype):
     assert torch.equal(run(model, inputs), expected)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("backend", ["off", "reference"])
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
-def test_no_weight_is_read_before_it_came_or_after_it_went(backend, num_slots, monkeypatch):
+def test_no_weight_is_read_before_it_came_or_after_it_went(backend, num_slots, split, monkeypatch):
     model, inputs = transformer(), transformer_inputs(lengths=(3, 9))
     with kernels.use_backend(backend), late_lane(monkeypatch, model):
         expected = run(model, inputs)
         for share in (0.0, 0.5):
             limit = limit_of(model, share) + 3 * plan_stream(model, limit_of(model, 0.0)).slot_bytes
-            stream(model, device="cpu", vram_limit=limit, num_slots=num_slots)
+            stream(model, device="cpu", vram_limit=limit, num_slots=num_slots, split=split)
             for _ in range(3):
                 assert torch.equal(run(model, inputs), expected)
 
@@ -107,13 +110,14 @@ def test_queries_keys_and_values_stay_one_product():
                     assert third.data_ptr() == second.data_ptr() + second.nbytes
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("kind", ["fp8", "int8", "fp8-storage"])
-def test_quantised_weights_go_as_they_are(kind, monkeypatch):
+def test_quantised_weights_go_as_they_are(kind, split, monkeypatch):
     model, inputs = transformer(torch.bfloat16), transformer_inputs(torch.bfloat16)
     quantize_(model, kind)
     expected = run(model, inputs)
     with late_lane(monkeypatch, model):
-        plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+        plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0, split=split), split=split)
         assert torch.equal(run(model, inputs), expected)
         named = dict(model.named_parameters())
         streams = [name for block in plan.blocks for name in block.streamed]
@@ -261,26 +265,91 @@ def test_old_slabs_go_at_once(monkeypatch):
             stream(model, device="cpu", vram_limit=limit_of(model, share))
             run(model, inputs)
             run(model, inputs)
-            assert 0 < len(alive) <= NUM_BLOCKS
+            assert 0 < len(alive) <= 3 * NUM_BLOCKS  # three parts, where blocks are split
         unstream(model)
         assert not alive
     finally:
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", [None, "fp8", "int8"])
-def test_saving_memory_takes_a_few_rows_at_a_time(kind, monkeypatch):
+def test_a_part_of_a_block_after_the_other():
     model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    limit = limit_of(model, 0.0, split=True)
+    plan = stream(model, device="cpu", vram_limit=limit)  # by itself, where it is needed
+    assert plan.is_split and plan.device_bytes == limit < limit_of(model, 0.0)
+    parts = ("attn", "img_mlp", "txt_mlp")
+    expected_names = [f"transformer_blocks.{i}.{part}" for i in range(NUM_BLOCKS) for part in parts]
+    assert [block.name for block in plan.blocks] == expected_names
+    block, there = model.transformer_blocks[2], []
+    layers = {"attn": block.attn.to_q, "img_mlp": block.img_mlp.net[2], "txt_mlp": block.txt_mlp.net[2]}
+    homes = {name: layer.weight.data_ptr() for name, layer in layers.items()}
+
+    def look(*_):
+        there.append([name for name, layer in layers.items() if layer.weight.data_ptr() != homes[name]])
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(look)
+    assert torch.equal(run(model, inputs), expected)
+    assert there == [["attn"], ["img_mlp"], ["txt_mlp"]]
+
+
+def test_parts_of_blocks_are_for_inference():
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.3), split=True)
+    with pytest.raises(ValueError, match=r"without gradients only.*torch.no_grad.*split=False"):
+        model(**inputs)
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_from_blocks_to_parts_and_back():
+    model, inputs = transformer(), transformer_inputs()
+    expected = run(model, inputs)
+    for split in (False, True, False):
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.3), split=split)
+        assert torch.equal(run(model, inputs), expected)
+    unstream(model)
+    assert not any("forward" in vars(part) for part in model.modules())
+    assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 9)])
+@pytest.mark.parametrize("split", [None, True, False])
+@pytest.mark.parametrize("kind", [None, "fp8", "int8", "fp8-storage"])
+def test_saving_memory_computes_a_sample_and_a_part_at_a_time(kind, split, lengths):
+    model, inputs = transformer(), transformer_inputs(lengths=lengths)
     if kind is not None:
         quantize_(model, kind)
-    monkeypatch.setattr("diffusers_qwenimage.transformer.FRUGAL_ROWS", 5)
     with kernels.use_backend("reference"):
         expected = run(model, inputs)
         model.save_memory()
-        assert model.separate_guidance
-        stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1)
-        got = run(model, inputs)
-        # Products of fewer rows may be summed in another order.
-        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        if split is not None:
+            stream(model, device="cpu", vram_limit=limit_of(model, 0.0, split=split), split=split)
+        for _ in range(2):
+            got = run(model, inputs)
+            # Products of fewer rows may be summed in another order.
+            assert (got - expected).norm() <= 1e-5 * expected.norm()
         model.save_memory(False)
+        unstream(model)
         assert torch.equal(run(model, inputs), expected)
+
+
+def test_saving_memory_leaves_what_hooks_see():
+    """A step cache keeps the streams of a block; they are not written over then."""
+    model, inputs = transformer(), transformer_inputs()
+    seen = []
+    with kernels.use_backend("reference"):
+        model.save_memory()
+        assert all(block.may_overwrite for block in model.transformer_blocks)
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.0, split=False), split=False)
+        assert all(block.may_overwrite for block in model.transformer_blocks)
+        block = model.transformer_blocks[1]
+        block.register_forward_hook(
+            lambda module, args, output: seen.append((args[0], args[0].clone(), output[1], output[1].clone()))
+        )
+        assert not block.may_overwrite
+        run(model, inputs)
+    [(image, before, result, after)] = seen
+    assert torch.equal(image, before) and not torch.equal(result, image)
+    assert not torch.equal(result, after)  # the next block's, which nobody watches

@@ -43,7 +43,7 @@ def test_gradients_with_checkpointing(num_slots, kind, monkeypatch):
     with_lora(model).enable_gradient_checkpointing()
     expected = gradients(model, inputs)
     with late_lane(monkeypatch, model):
-        stream(model, device="cpu", vram_limit=limit_of(model, 0.0) * 3, num_slots=num_slots)
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.0) * 3, num_slots=num_slots, split=False)
         for _ in range(3):
             assert_equal(gradients(model, inputs), expected)
         with torch.no_grad():  # a validation between two steps
@@ -58,7 +58,7 @@ def test_gradients_of_diffusers_model(monkeypatch):
     model.enable_gradient_checkpointing()
     expected = gradients(model, inputs)
     with late_lane(monkeypatch, model):
-        stream(model, device="cpu", vram_limit=limit_of(model, 0.2))
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.2), split=False)
         assert_equal(gradients(model, inputs), expected)
 
 
@@ -72,14 +72,14 @@ def test_reentrant_checkpoints(monkeypatch):
     model.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
     expected = gradients(model, inputs)
     with late_lane(monkeypatch, model):
-        stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1)
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1, split=False)
         assert_equal(gradients(model, inputs), expected)
 
 
 def test_a_backward_pass_fetches_what_is_not_there_only():
     model, inputs = with_lora(transformer()), transformer_inputs()
     model.enable_gradient_checkpointing()
-    plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0) * 2, num_slots=2)
+    plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0) * 2, num_slots=2, split=False)
     gradients(model, inputs)
     before = fetched_bytes(model)
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_a_backward_pass_fetches_what_is_not_there_only():
 
 def test_without_checkpoints_autograd_notices():
     model, inputs = with_lora(transformer()), transformer_inputs()
-    stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1)
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1, split=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(model, inputs)
     model.enable_gradient_checkpointing()
@@ -101,7 +101,7 @@ def test_the_base_is_never_trained():
     model, inputs = transformer().requires_grad_(True), transformer_inputs()
     model.enable_gradient_checkpointing()
     model.train()
-    plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    plan = stream(model, device="cpu", vram_limit=limit_of(model, 0.0), split=False)
     model(**inputs).sample.mean().backward()
     named = dict(model.named_parameters())
     assert all(named[name].grad is None for block in plan.blocks for name in block.streamed)
@@ -109,7 +109,7 @@ def test_the_base_is_never_trained():
 
 def test_asking_for_gradients_of_the_base_is_refused():
     model, inputs = transformer(), transformer_inputs()
-    stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0), split=False)
     model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"transformer_blocks.0 ask for gradients.*requires_grad_\(False\)"):
         model(**inputs)
@@ -122,7 +122,7 @@ def test_weights_are_at_home_after_a_backward_pass_is_settled():
     model, inputs = with_lora(transformer()), transformer_inputs()
     model.enable_gradient_checkpointing()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1)
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.0), num_slots=1, split=False)
     gradients(model, inputs)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     unstream(model)
