@@ -337,12 +337,13 @@ def _blend_tiles(
 
 
 def _tiles(length: int, size: int, stride: int) -> Iterator[slice]:
-    """Ranges of `size`, `stride` apart, up to the first that reaches `length`; the last is cut there."""
+    """Ranges of `size`, `stride` apart, and one that ends at `length`: all alike, since libraries plan each
+    size anew."""
     start = 0
     while start + size < length:
         yield slice(start, start + size)
         start += stride
-    yield slice(start, length)
+    yield slice(max(0, length - size), length)
 
 
 def _ramp(part: slice, length: int, overlap: int, scale: int) -> Tensor:
