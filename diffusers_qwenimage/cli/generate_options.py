@@ -157,9 +157,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vram",
         type=scale,
-        metavar="GB",
-        help="stay within so much GPU memory: what does not fit streams from host memory; 0 is as little as "
-        "can be (default: all that is free)",
+        metavar="GIB",
+        help="stay within so many GiB of GPU memory, CUDA's own included: what does not fit streams from "
+        "host memory; 0 is as little as can be (default: all that is free)",
     )
     parser.add_argument(
         "--weights",

@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-WORKING_MEMORY = 8 * GIB  # beside the weights on a GPU, for decoding a picture of 1328x1328 whole
-BUFFER = 0.5  # GiB of a budget that stay unplanned
+WORKING_MEMORY = 8 * GIB  # beside the weights on a GPU, for decoding a picture of 1328x1328 on the plain path
 
 
 @dataclass(frozen=True, kw_only=True)

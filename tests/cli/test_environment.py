@@ -81,10 +81,11 @@ def test_text_of_a_machine_with_a_gpu() -> None:
     ("free", "placement"),
     [
         (78.5, "all parts on the GPU"),
-        (47.0, "--vram 46.5: the transformer stays on the GPU, the text encoder streams"),
-        (23.4, "--vram 22.5: what does not fit streams from host memory; --weights fp8 halves that"),
-        (7.6, "--vram 7: what does not fit streams"),
-        (1.0, "does not fit: 1.0 GiB are free, 2.5 are needed at least"),
+        (47.0, "no options: the transformer stays on the GPU"),
+        (30.0, "no options: the transformer stays on the GPU, the text encoder streams"),
+        (23.4, "no options: what does not fit streams from 16 GiB of host memory. --vram N"),
+        (7.6, "no options: what does not fit streams from 32 GiB of host memory."),
+        (1.0, "does not fit: 1.0 GiB are free, 2 are needed at least"),
     ],
 )
 def test_recommendation_follows_the_free_memory(free: float, placement: str) -> None:
@@ -93,9 +94,14 @@ def test_recommendation_follows_the_free_memory(free: float, placement: str) -> 
     assert answer["dtype"] == "bfloat16"
 
 
-def test_recommendation_says_when_host_memory_is_short() -> None:
-    answer = recommended([GPU | {"memory_free": 7.6}], 16.0)["qwen_image"]
-    assert answer.endswith("Host memory is short (16 GiB): weights are read from the files")
+def test_recommendation_follows_the_host_memory() -> None:
+    def answer(host: float) -> str:
+        return recommended([GPU | {"memory_free": 7.6}], host)["qwen_image"]
+
+    assert answer(32.0).startswith("--weights fp8: what does not fit streams from 19 GiB of host memory")
+    assert answer(16.0).startswith(
+        "--weights fp8, slowly: streaming needs 19 GiB of host memory, here are 16"
+    )
 
 
 def test_recommendation_without_bfloat16_and_without_gpu() -> None:
