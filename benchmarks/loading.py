@@ -39,8 +39,9 @@ PIECE = 32 * 2**20  # bytes that a thread reads at a time
 OWN_MEMORY = (
     16 * 10**9
 )  # bytes that are read into memory of their own: pinned weights and files lie beside it
+USED_AGAIN = 27 * 10**9  # bytes that are read into buffers: half of the files
 ONE_THREAD = 8 * 10**9  # bytes that one thread reads
-RATE_BYTES, RATE_SLABS = 2**28, 16
+RATE_BYTES, RATE_SLABS = 2**28, 8
 UNUSED = ("embed_tokens", "lm_head", "visual.")  # parts of the text encoder that prompts do not read whole
 PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
 STEPS_TAKEN = 3
@@ -163,7 +164,7 @@ def measure_reading(folder: Path, loading: float, note: Note) -> None:
     note("bytes of the files that are needed", size / 1e9, "GB")
     for name, threads, own, limit in (
         (f"by {READERS} threads into memory of its own", READERS, True, OWN_MEMORY),
-        (f"by {READERS} threads into buffers used again", READERS, False, size),
+        (f"by {READERS} threads into buffers used again", READERS, False, USED_AGAIN),
         ("by one thread", 1, False, ONE_THREAD),
     ):
         read = first(pieces, limit)
