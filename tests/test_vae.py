@@ -1,8 +1,8 @@
 """The autoencoder against stock diffusers, and its tiling."""
 
 import copy
-import json
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
