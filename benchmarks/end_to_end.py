@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from arms import GIB, synchronize
 from end_to_end_arms import ARMS, Draw, embedded_weights, random_weights
@@ -111,10 +112,13 @@ class Case:
 
 def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
     """Build the arms one after the other, draw their first pictures, then all in turn."""
+    print(f"imports: {age():.1f} s since the process began", flush=True)
     if args.tiny:
         weights = embedded_weights(args.device)
     else:
         weights = random_weights(args.blocks, args.layers, args.device)
+    synchronize()
+    print(f"weights: {age():.1f} s", flush=True)
     measured = [Case(side, steps, args) for side, steps in cases]
     draws: dict[str, Draw] = {}
     for name in args.arms:
@@ -144,6 +148,11 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
                 case.draw(name, draws[name])
     for case in measured:
         case.report()
+
+
+def age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 def ratio(times: list[float]) -> float:
