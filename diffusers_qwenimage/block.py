@@ -5,6 +5,7 @@ L image tokens, T text tokens, D width, H heads, R regions of the image stream (
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from .handover import Handover
 from .hooked import comes_in_parts, is_hooked, is_only_streamed
 from .kernels import backend
 from .rotary import rotate
@@ -55,6 +57,7 @@ class QwenImageTransformerBlock(nn.Module):
         modulation: tuple[Tensor, Tensor] | None = None,
         text_lengths: tuple[int, ...] | None = None,
         num_target_tokens: int | None = None,
+        handover: Handover | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block.
 
@@ -68,6 +71,7 @@ class QwenImageTransformerBlock(nn.Module):
             modulation: image [B or 1, R, 6 D] and text [B or 1, 6 D], instead of computing them from temb.
             text_lengths: tokens of each sample in a packed text stream.
             num_target_tokens: where the second region of the image stream starts.
+            handover: what the fused path has from the block before, and leaves for the next one.
 
         Returns:
             The text stream and the image stream, in this order, as in diffusers.
@@ -107,7 +111,10 @@ class QwenImageTransformerBlock(nn.Module):
             from .fused_parts import fused_in_parts
 
             in_parts = self.saves_memory or comes_in_parts(self)
-            image, text = (fused_in_parts if in_parts else fused_block)(
+            compute: Callable[..., tuple[Tensor, Tensor]] = fused_in_parts
+            if not in_parts:
+                compute = partial(fused_block, handover=handover)
+            image, text = compute(
                 self,
                 plan,
                 image,

@@ -30,9 +30,10 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from .handover import Handover
 from .hooked import is_hooked
 from .kernels import backend
-from .kernels.norm import attention_norm, mlp_add, mlp_norm
+from .kernels.norm import attention_norm, mlp_add, mlp_add_norm, mlp_norm
 from .kernels.quantized import quantize_rows
 from .kernels.rope import norm_rotate_into
 from .kernels.rows import Rows, Target
@@ -97,6 +98,7 @@ def fused_block(
     tables: tuple[Tensor, Tensor],
     text_lengths: tuple[int, ...] | None,
     num_target_tokens: int | None,
+    handover: Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One block by its plan; the other arguments are as in `QwenImageTransformerBlock.forward`.
 
@@ -113,15 +115,22 @@ def fused_block(
     attn = block.attn
     joint = torch.empty((layout.num_rows, 3, attn.heads, attn.head_dim), dtype=dtype, device=device)
 
+    following = handover or Handover()
+    normed = following.take(image_BLD, text_BTD, plan)
     side = side_of(device, "text", wanted=text_beside_image)
     with side:
-        target = plan.text_qkv.target
-        tokens = attention_norm(text_BTD, text_modulation, text_index, target, triton)
+        if normed is not None:
+            tokens = normed[1]
+        else:
+            tokens = attention_norm(text_BTD, text_modulation, text_index, plan.text_qkv.target, triton)
         _text_into(joint, layout, plan.text_qkv, tokens, attn, tables[1])
-    tokens = attention_norm(image_BLD, image_modulation, image_index, plan.image_qkv.target, triton)
+    if normed is not None:
+        tokens = normed[0]
+    else:
+        tokens = attention_norm(image_BLD, image_modulation, image_index, plan.image_qkv.target, triton)
     _image_into(joint, layout, plan.image_qkv, tokens, attn, tables[0])
     side.join()
-    del tokens
+    del tokens, normed
     attended: Sequence[Tokens] = _attend(attn.processor, joint, layout, num_image, text_mask)
     del joint  # half of what the MLP needs
     if plan.attended_target is not None:
@@ -134,7 +143,7 @@ def fused_block(
         target = plan.text_mlp.target
         text, tokens = mlp_norm(text_BTD, text_attention, text_modulation, text_index, target, triton)
         added = plan.text_mlp(tokens, dtype, triton=triton)
-        text = _added(text, added, text_modulation, text_index, triton)
+        text, next_text = _ended(text, added, text_modulation, following.text, text_index, triton)
     image_attention = torch.empty((batch * num_image, width), dtype=dtype, device=device)
     start = 0
     for sample, length in zip(attended, layout.text_lengths, strict=True):
@@ -147,8 +156,10 @@ def fused_block(
     del image_attention
     added = plan.image_mlp(tokens, dtype, triton=triton)
     del tokens
-    image = _added(image, added, image_modulation, image_index, triton)
+    image, next_image = _ended(image, added, image_modulation, following.image, image_index, triton)
     side.join()
+    if next_image is not None and next_text is not None:
+        following.give((image, text), (next_image, next_text))
     return image, text
 
 
@@ -282,6 +293,8 @@ def _rows(tokens: Tokens, start: int, end: int) -> Tokens:
 def _text_of(attended: Sequence[Tokens], lengths: Sequence[int]) -> Tokens:
     """The text tokens of all samples, [T, D], in memory of their own."""
     parts = [_rows(sample, 0, length) for sample, length in zip(attended, lengths, strict=True)]
+    if isinstance(parts[0], Rows) and len(parts) == 1:
+        return Rows(parts[0].values.clone(), parts[0].scale.clone())
     if isinstance(parts[0], Rows):
         # fp8 knows no concatenation
         values = torch.cat([part.values.view(torch.int8) for part in parts if isinstance(part, Rows)])
@@ -296,6 +309,20 @@ def _added(tokens: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, 
     if tokens.dtype == torch.float16:  # outliers of this model exceed fp16
         tokens = tokens.clip(-65504, 65504)
     return tokens
+
+
+def _ended(
+    tokens: Tensor,
+    y: Tensor,
+    modulation: Tensor,
+    following: tuple[Tensor, Target | None] | None,
+    index: Tensor | None,
+    triton: bool,
+) -> tuple[Tensor, Tokens | None]:
+    """`_added`, and its result normalised for the next block, see `Handover`."""
+    if following is None:
+        return _added(tokens, y, modulation, index, triton), None
+    return mlp_add_norm(tokens, y, modulation, following[0], index, following[1], triton)
 
 
 class ModulationAhead:

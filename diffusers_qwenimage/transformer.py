@@ -40,6 +40,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
+from .handover import Handover
 from .hooked import is_hooked
 from .kernels import backend
 from .offload import passing, streamed
@@ -240,10 +241,14 @@ class QwenImageTransformer2DModel(
             encoder_hidden_states_mask = encoder_hidden_states_mask.to(torch.bool)
 
         ahead = self._modulation_ahead(region_temb) if modulation is None else None
+        handover = None if controlnet_block_samples is not None else self._handover(modulation)
         of_block: tuple[Tensor, Tensor] | None = None
-        for index, block in enumerate(self.transformer_blocks):
+        blocks = self._blocks()
+        for index, block in enumerate(blocks):
             if modulation is not None:
                 of_block = modulation.image[None, index], modulation.text[None, index]
+                if handover is not None:
+                    handover.begin(blocks, index, modulation)
             of_next = None if ahead is None else ahead.start(index + 1)
             arguments = (
                 image_BLD,
@@ -255,6 +260,7 @@ class QwenImageTransformer2DModel(
                 of_block,
                 text_lengths,
                 prod(shapes[0]) if self.zero_cond_t else None,
+                *(() if handover is None else (handover,)),
             )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text_BTD, image_BLD = self._gradient_checkpointing_func(block, *arguments)
@@ -264,7 +270,7 @@ class QwenImageTransformer2DModel(
                 ahead.join()
                 of_block = of_next
             if controlnet_block_samples is not None:
-                interval = -(-len(self.transformer_blocks) // len(controlnet_block_samples))
+                interval = -(-len(blocks) // len(controlnet_block_samples))
                 image_BLD = image_BLD + controlnet_block_samples[index // interval]
 
         velocity = self.proj_out(self._last_norm(image_BLD, temb))
@@ -497,6 +503,14 @@ class QwenImageTransformer2DModel(
         from .fused import ModulationAhead  # here, since it imports Triton
 
         return ModulationAhead(self._blocks(), regions_BRD)
+
+    def _handover(self, modulation: Modulation | None) -> Handover | None:
+        """Where blocks take the fused path and know their modulation: what they hand from one to the next."""
+        if modulation is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if backend(modulation.image.device).name == "off":
+            return None
+        return Handover()
 
     def _modulation_modules(self) -> Iterator[nn.Module]:
         for block in self._blocks():

@@ -14,6 +14,8 @@ LAYERS = [
         "ahead",
         "block",
         "fused",
+        "fused_parts",
+        "handover",
         "hooked",
         "fused_training",
         "plan",

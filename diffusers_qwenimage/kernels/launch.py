@@ -11,6 +11,7 @@ take Triton's own launcher.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -151,6 +152,12 @@ def _from(tensor: Tensor, offset: int) -> Tensor:
     if offset == 0:
         return tensor
     return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset)
+
+
+@lru_cache(maxsize=64)
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 where there is none and programs run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def power_of_2(value: int) -> int:

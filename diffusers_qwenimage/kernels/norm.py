@@ -93,7 +93,6 @@ if triton_is_installed():
         HAS_INDEX: tl.constexpr,
         LIMIT: tl.constexpr,  # largest value of 8 bits, 0 if h is not quantised
         ROTATION: tl.constexpr,
-        ONCE: tl.constexpr,  # cache policy of what is not read again soon
     ):
         column = tl.arange(0, BLOCK)
         inside = column < D
@@ -106,9 +105,9 @@ if triton_is_installed():
                 shift = tl.load(shift_ptr + column, mask=inside, other=0.0)
         at = first.to(tl.int64) * D + column
         step = programs.to(tl.int64) * D
-        x_next = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy=ONCE)
+        x_next = tl.load(x_ptr + at, mask=inside, other=0.0)
         if HAS_GATE:
-            y_next = tl.load(y_ptr + at, mask=inside, other=0.0, eviction_policy=ONCE)
+            y_next = tl.load(y_ptr + at, mask=inside, other=0.0)
         for token in range(first, num_tokens, programs):
             if HAS_INDEX:
                 row = tl.load(index_ptr + token).to(tl.int64) * STRIDE + column
@@ -121,10 +120,10 @@ if triton_is_installed():
             ahead = at + step
             is_there = inside & (token + programs < num_tokens)
             x = x_next.to(tl.float32)
-            x_next = tl.load(x_ptr + ahead, mask=is_there, other=0.0, eviction_policy=ONCE)
+            x_next = tl.load(x_ptr + ahead, mask=is_there, other=0.0)
             if HAS_GATE:
                 y = y_next.to(tl.float32)
-                y_next = tl.load(y_ptr + ahead, mask=is_there, other=0.0, eviction_policy=ONCE)
+                y_next = tl.load(y_ptr + ahead, mask=is_there, other=0.0)
                 total = (x + gate.to(tl.float32) * y).to(total_ptr.dtype.element_ty)
                 tl.store(total_ptr + at, total, mask=inside)
                 x = total.to(tl.float32)
@@ -203,9 +202,8 @@ def _launch_rows(
         return total, h, row_scale
     block = power_of_2(width)
     limit, rotation = (0.0, 0) if target is None else (LIMITS[target.dtype], target.rotation)
-    programs, warps = _programs(num_tokens, block, x.device)
     _run(
-        (programs, 1, 1),
+        (min(num_tokens, _PROGRAMS * num_processors(x.device)), 1, 1),
         (x, y, *rows, x if index is None else index, total, h, row_scale),
         (num_tokens, eps),
         (
@@ -217,28 +215,19 @@ def _launch_rows(
             index is not None,
             limit,
             rotation,
-            once,
         ),
-        warps,
+        _num_warps(block),
         (0, 0, *offsets, 0, 0, 0, 0) if any(offsets) else None,
     )
     return total, h, row_scale
 
 
-programs_per_processor = 8
-warps_override = 0
-once = "evict_first"
+_PROGRAMS = 8  # per processor: each takes one token after the other
 
 
-def _programs(num_tokens: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Programs, each for every so-manieth token, and the warps of each.
-
-    The warps follow from the width alone: sums are then added in one order for any number of tokens.
-    """
-    warps = warps_override or min(max(block // 1024, 1), 16)
-    if programs_per_processor == 0:
-        return num_tokens, warps
-    return min(num_tokens, programs_per_processor * num_processors(device)), warps
+def _num_warps(block: int) -> int:
+    """For 32 values per thread; whatever the number of tokens, so that sums are added in one order."""
+    return min(max(block // 1024, 1), 16)
 
 
 def variants(width: int, dtype: torch.dtype) -> list[Variant]:
@@ -249,8 +238,8 @@ def variants(width: int, dtype: torch.dtype) -> list[Variant]:
             launcher=_run,
             types=(dtype,) * 9,
             numbers=(1, EPSILON),
-            constants=(width, block, 0, has_gate, has_norm, False, 0.0, 0, once),
-            num_warps=_programs(1, block, torch.device("cpu"))[1],
+            constants=(width, block, 0, has_gate, has_norm, False, 0.0, 0),
+            num_warps=_num_warps(block),
         )
         for has_gate, has_norm in ((False, True), (True, True), (True, False))
     ]
@@ -337,6 +326,26 @@ def mlp_add(x: Tensor, y: Tensor, modulation: Tensor, index: Tensor | None, trit
     rows = (modulation, modulation, modulation)
     parts, stride = (5 * width, 0, 0), modulation.stride(0)
     return _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, False, None)[0]
+
+
+def mlp_add_norm(
+    x: Tensor,
+    y: Tensor,
+    modulation: Tensor,
+    following: Tensor,
+    index: Tensor | None,
+    target: Target | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor | Rows]:
+    """`mlp_add`, and `attention_norm` of its result for the next block, whose modulation is `following`."""
+    if not triton or following.stride() != modulation.stride():
+        total = mlp_add(x, y, modulation, index, triton)
+        return total, attention_norm(total, following, index, target, triton)
+    width = x.shape[-1]
+    rows = (modulation, following, following)
+    parts, stride = (5 * width, width, 0), modulation.stride(0)
+    total, h, scale = _launch_rows(x, y, rows, parts, stride, index, EPSILON, True, True, target)
+    return total, h.view(-1, width) if target is None else Rows(h, scale)
 
 
 def second_norm(

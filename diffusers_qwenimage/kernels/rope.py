@@ -21,7 +21,7 @@ if triton_is_installed():
     import triton.language as tl
 
 EPSILON = 1e-6
-_WARPS = 4
+_WARPS = 2
 
 
 # 1. Reference
@@ -84,43 +84,39 @@ if triton_is_installed():
         eps,
         H: tl.constexpr,
         DIM: tl.constexpr,
-        HEADS: tl.constexpr,  # heads per program, a power of two
+        HEADS: tl.constexpr,  # per program, a power of two; keys' heads are counted on from the queries'
         BLOCK: tl.constexpr,  # DIM rounded up to a power of two
-        FROM_SOURCE: tl.constexpr,
+        FROM_SOURCE: tl.constexpr,  # then values are copied too
     ):
         token = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        part = tl.program_id(2)  # 0 queries, 1 keys, 2 values
         dim = tl.arange(0, BLOCK)
+        is_dim = dim < DIM
+        inside = (head < (3 if FROM_SOURCE else 2) * H)[:, None] & is_dim[None, :]
+        offsets = head[:, None] * DIM + dim[None, :]
         row = tl.load(rows_ptr + token).to(tl.int64)
-        inside = (head < H)[:, None] & (dim < DIM)[None, :]
-        offsets = part * H * DIM + head[:, None] * DIM + dim[None, :]
         to = joint_ptr + row * (3 * H * DIM) + offsets
         if FROM_SOURCE:
             loaded = tl.load(source_ptr + token * (3 * H * DIM) + offsets, mask=inside, other=0.0)
         else:
             loaded = tl.load(to, mask=inside, other=0.0)
-        if part == 2:
-            tl.store(to, loaded, mask=inside)
-        else:
-            weight_ptr = query_weight_ptr
-            if part == 1:
-                weight_ptr = key_weight_ptr
-            weight = tl.load(weight_ptr + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-            kind = joint_ptr.dtype.element_ty
-            x = loaded.to(tl.float32)
-            inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps)
-            x = (x * inverse[:, None]).to(kind).to(tl.float32) * weight[None, :]
-            x = x.to(kind).to(tl.float32)
-            # One contiguous load, split in registers: loading pairs with stride 2 is 14 times slower.
-            angle_ptr = table_ptr + (token % table_rows) * DIM + dim
-            angle = tl.load(angle_ptr, mask=dim < DIM, other=0.0)
-            cosine, sine = tl.split(tl.reshape(angle, (BLOCK // 2, 2)))
-            even, odd = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
-            cosine = cosine[None, :]
-            sine = sine[None, :]
-            turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-            tl.store(to, tl.reshape(turned, (HEADS, BLOCK)).to(kind), mask=inside)
+        # One contiguous load, split in registers: loading pairs with stride 2 is 14 times slower.
+        angle = tl.load(table_ptr + (token % table_rows) * DIM + dim, mask=is_dim, other=0.0)
+        cosine, sine = tl.split(tl.reshape(angle, (1, BLOCK // 2, 2)))
+        query_weight = tl.load(query_weight_ptr + dim, mask=is_dim, other=0.0).to(tl.float32)
+        key_weight = tl.load(key_weight_ptr + dim, mask=is_dim, other=0.0).to(tl.float32)
+        weight = tl.where((head < H)[:, None], query_weight[None, :], key_weight[None, :])
+        kind = joint_ptr.dtype.element_ty
+        x = loaded.to(tl.float32)
+        inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps)
+        x = (x * inverse[:, None]).to(kind).to(tl.float32) * weight
+        x = x.to(kind).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
+        turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+        turned = tl.reshape(turned, (HEADS, BLOCK)).to(kind)
+        if FROM_SOURCE:
+            turned = tl.where((head < 2 * H)[:, None], turned, loaded)
+        tl.store(to, turned, mask=inside)
 
     _run = Launcher(_rope_kernel)
 
@@ -146,8 +142,9 @@ def _launch(
         key_weight if key_weight.is_contiguous() else key_weight.contiguous(),
         table if table.is_contiguous() else table.contiguous(),
     )
+    all_heads = (2 if source is None else 3) * num_heads
     _run(
-        (num_tokens, -(-num_heads // heads), 2 if source is None else 3),
+        (num_tokens, -(-all_heads // heads), 1),
         tensors,
         (table.shape[0], eps),
         (num_heads, head_dim, heads, block, source is not None),
@@ -156,9 +153,9 @@ def _launch(
 
 
 def _tile(num_heads: int, head_dim: int) -> tuple[int, int]:
-    """Values of a head, rounded up, and heads of a program."""
+    """Values of a head, rounded up, and heads of a program: at most 2048 values."""
     block = power_of_2(head_dim)
-    return block, min(power_of_2(num_heads), max(1024 // block, 1))
+    return block, min(power_of_2(2 * num_heads), max(2048 // block, 1))
 
 
 def variants(num_heads: int, head_dim: int, dtype: torch.dtype) -> list[Variant]:

@@ -15,14 +15,14 @@ from diffusers_qwenimage.kernels import int8, norm, norm_backward, quantized, ro
 
 BF16, I32, F32, FP8, INT8 = "*bf16", "*i32", "*fp32", "*fp8e4nv", "*i8"
 NORM = dict(D=3072, BLOCK=4096, HAS_GATE=True, HAS_NORM=True)
-ROPE = dict(H=24, DIM=128, HEADS=8, BLOCK=128, FROM_SOURCE=False)
+ROPE = dict(H=24, DIM=128, HEADS=16, BLOCK=128, FROM_SOURCE=False)
 GELU = dict(X_STRIDE=12288, D=12288, BLOCK=4096, PARTS=3, GELU=True)
 TILE = dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8)
 INT8_SIZES = dict(INPUTS=3072, OUTPUTS=9216, OUT_STRIDE=9216, HAS_BIAS=True, **TILE)
 
 
 def kernels(has_fp8):
-    yield rope._rope_kernel, [BF16, BF16, I32, BF16, BF16, F32, "i32", "fp32"], ROPE, {"num_warps": 4}
+    yield rope._rope_kernel, [BF16, BF16, I32, BF16, BF16, F32, "i32", "fp32"], ROPE, {"num_warps": 2}
     yield int8._int8_kernel, [INT8, F32, INT8, F32, BF16, BF16, "i32"], INT8_SIZES, {"num_warps": 8}
     backward = dict(D=3072, BLOCK=4096, ROWS=8, HAS_GATE=True, HAS_NORM=True, HAS_TOTAL=True)
     yield norm_backward._kernel, [*[BF16] * 8, F32, "i32", "fp32"], backward, {"num_warps": 8}
@@ -31,10 +31,9 @@ def kernels(has_fp8):
             continue
         constants = dict(LIMIT=limit, ROTATION=rotation)
         pointers = [BF16] * 5 + [I32, BF16, out, F32]
-        for tokens, stride in ((1, 18432), (4, 0)):
-            modulations = dict(TOKENS=tokens, STAGES=min(tokens, 2), STRIDE=stride, HAS_INDEX=stride > 0)
-            arguments = {**NORM, **constants, **modulations}
-            yield norm._norm_kernel, [*pointers, "i32", "fp32"], arguments, {"num_warps": 8}
+        for stride in (0, 18432):
+            arguments = {**NORM, **constants, "STRIDE": stride, "HAS_INDEX": stride > 0}
+            yield norm._norm_kernel, [*pointers, "i32", "fp32"], arguments, {"num_warps": 4}
         if limit:
             yield quantized._quantize_kernel, [BF16, out, F32], {**GELU, **constants}, {"num_warps": 16}
             sizes = dict(D=3072, BLOCK=4096, ROTATION=rotation)
