@@ -152,7 +152,7 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
 
 def age() -> float:
     """Seconds since this process began."""
-    return time.time() - psutil.Process().create_time()
+    return time.time() - float(psutil.Process().create_time())
 
 
 def ratio(times: list[float]) -> float:
