@@ -41,11 +41,12 @@ class Layer:
         self.target = target_of([module], device)
         self._is_stored = is_stored(module, device)
         self._parameters = module._parameters if self._is_stored or is_plain(module) else None
+        self._quantized = module._parameters, module._buffers  # read where the layer takes rows
 
     def __call__(self, x: Tensor | Rows, dtype: torch.dtype) -> Tensor:
         """The layer of x: [N, O] in `dtype`."""
         if isinstance(x, Rows):
-            return scaled_linear_of(x, cast(QuantizedLinear, self.module), dtype)
+            return self._scaled(x, dtype)
         dense = self._dense(dtype)
         if dense is None:
             return project(x, self.module)
@@ -57,7 +58,7 @@ class Layer:
     def into(self, out: Tensor, x: Tensor | Rows) -> None:
         """Write the layer of x into `out` [N, O], rows of any stride."""
         if isinstance(x, Rows):
-            scaled_linear_of(x, cast(QuantizedLinear, self.module), out.dtype, out)
+            self._scaled(x, out.dtype, out)
             return
         dense = self._dense(out.dtype)
         if dense is None:
@@ -72,6 +73,11 @@ class Layer:
             return gelu(self(x, dtype), approximate="tanh")
         assert isinstance(x, Tensor)
         return linear_gelu_now(x, dense[0], dense[1], triton=triton)
+
+    def _scaled(self, rows: Rows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        parameters, buffers = self._quantized
+        weight, scale = cast(Tensor, parameters["weight"]), cast(Tensor, buffers["weight_scale"])
+        return scaled_linear(rows, weight, scale, parameters["bias"], dtype, out)
 
     def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias to multiply tokens with; None if the module has to be called or taken apart."""

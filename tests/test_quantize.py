@@ -196,6 +196,17 @@ def test_weights_that_are_replaced_between_calls_are_read_anew():
 
 
 @needs_triton
+def test_a_model_that_ran_before_is_laid_out_anew():
+    ours, inputs = model(), moved(transformer_inputs([(1, 4, 6)]))
+    with torch.no_grad(), use_backend("reference"):
+        ours(**inputs)
+        quantize_(ours, "fp8")
+        ours(**inputs)
+    attn = ours.transformer_blocks[0].attn
+    for names in projections.GROUPS:
+        assert projections.joined([getattr(attn, name).weight for name in names]) is not None
+
+
 def test_kernels_are_used_by_layers_called_alone():
     layer, x = QuantizedLinear.from_linear(linear(), "int8"), random(5, 64)
     expected = layer(x)

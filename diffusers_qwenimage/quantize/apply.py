@@ -60,11 +60,13 @@ def quantize_(module: nn.Module, kind: str, *, skip: Sequence[str] = SKIPPED) ->
 
 
 def _forget_plans(module: nn.Module) -> None:
-    """Let go of what the fused path made of the blocks: it would keep the old weights alive."""
-    block: Any
-    for block in module.modules():
-        if getattr(block, "plan", None) is not None:
-            block.plan = None
+    """Let go of what the fused path made of the old weights: plans would keep them alive."""
+    part: Any
+    for part in module.modules():
+        if getattr(part, "plan", None) is not None:
+            part.plan = None
+        if hasattr(part, "is_laid_out"):
+            part.is_laid_out = False
 
 
 def is_quantized(module: nn.Module) -> bool:
