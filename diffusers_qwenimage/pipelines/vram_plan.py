@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_qwenimage.offload import Source, StreamPlan, plan_stream
+from diffusers_qwenimage.offload import Source, StreamPlan, Surveys, plan_stream, surveys_of
 
 from .needs import (
     TILE_SIDES,
@@ -196,6 +196,7 @@ class _Planner:
         self._frugal = False
         self.save_memory(False)
         self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
+        self._surveys: dict[int, Surveys] = {}
         self._plans: dict[tuple[int, int | None], StreamPlan] = {}
 
     def save_memory(self, enabled: bool = True) -> None:
@@ -323,14 +324,15 @@ class _Planner:
 
     def _planned(self, module: Any, limit: int | None, settings: StreamSettings) -> StreamPlan:
         key = id(module), limit
+        if id(module) not in self._surveys:
+            self._surveys[id(module)] = surveys_of(module, blocks=settings.blocks, on_call=settings.on_call)
         if key not in self._plans:
             self._plans[key] = plan_stream(
                 module,
                 limit,
                 device=self._device,
-                blocks=settings.blocks,
-                on_call=settings.on_call,
                 source=self._text_source if module is self._parts.text_encoder else self._source,
+                surveys=self._surveys[id(module)],
             )
         return self._plans[key]
 
