@@ -1,17 +1,20 @@
 """Streaming at the true size (60 blocks, random weights): time and memory of a guided step for budgets.
 
-    python benchmarks/offload.py [--budgets 2 8 12 24 32] [--kind fp8 --kind-budgets 24 8 1.4]
+    python benchmarks/offload.py [--budgets 32 24 12 8 2 0.8] [--kind fp8 --kind-budgets 24 12 1.4] [--peers]
 
 A step is both branches of the guidance in one pass, 1328x1328, 128 and 10 text tokens, modulation tabulated.
 The budget (GiB) holds for weights and activations: the process may not take more from the device
 (`set_per_process_memory_fraction`). Times are of several steps in a row, so that copies for the next step are
-counted. Results of all budgets are compared with each other, bit for bit. `--device cpu` with
-`--blocks 4 --width 2` dry-runs everything at a small size.
+counted. Results of all budgets are compared with that of the first, bit for bit. `--peers` measures
+DiffSynth-Studio's CPU offload and diffusers' group offload over the same weights (offload_peers.py); `--rows`
+compares products of fewer rows, as a budget that saves memory takes them, with those of all rows. `--device
+cpu` with `--blocks 4 --width 2` dry-runs everything at a small size.
 """
 
 import argparse
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,17 +34,20 @@ from offload_model import (
     synchronize,
     timed,
 )
+from offload_peers import measure_peers
 from results import RESULTS, record
 from torch import Tensor
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
+from diffusers_qwenimage.kernels.matmul import linear_gelu_now, linear_into
 from diffusers_qwenimage.offload import fetched_bytes, plan_stream, stream, unstream
 from diffusers_qwenimage.offload.memory import HostMemory
 from diffusers_qwenimage.quantize import quantize_
 
 SPARE = 350 * 2**20  # what the allocator may lose between pieces of other sizes
-FRUGAL = 1.0  # GiB: below, `save_memory()`
-FIRST_GUESS = 700 * 2**20  # of what a step needs beside the weights, until it was measured
+GUESS = 850 * 2**20  # of what a step needs beside the weights
+FRUGAL_SPARE, FRUGAL_GUESS = 36 * 2**20, 300 * 2**20  # the same with `save_memory()`
+RETRY = 64 * 2**20  # less for weights where memory did not suffice
 Note = Callable[..., None]
 
 
@@ -50,9 +56,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budgets", type=float, nargs="*", default=[2, 8, 12, 24, 32], help="GiB, in bf16")
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[32, 24, 12, 8, 2, 0.8], help="GiB, in bf16"
+    )
     parser.add_argument("--kind", help="then quantise: fp8, int8 or fp8-storage")
-    parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 8, 1.4], help="GiB, then")
+    parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 12, 1.4], help="GiB, then")
+    parser.add_argument("--peers", action="store_true", help="DiffSynth-Studio and diffusers in bf16")
+    parser.add_argument("--rows", action="store_true", help="products of fewer rows, bit for bit")
     parser.add_argument("--link", action="store_true", help="rates of pinning and of the link")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
     parser.add_argument("--width", type=int, default=24, help="heads of 128 dimensions (24)")
@@ -82,6 +92,11 @@ def main() -> None:
     step = guided_step(model, setting)
     if args.budgets:
         measure_budgets(model, step, setting, args.budgets, note)
+    if args.rows:
+        compare_rows(setting, note)
+    if args.peers:
+        unstream(model)
+        measure_peers(model, setting, note)
     if args.kind:
         prefix = args.kind
         quantise(model, args.kind, device, note)
@@ -110,25 +125,30 @@ def measure_budgets(
 ) -> None:
     """Every budget; results are compared with that of the first."""
     least = plan_stream(model, None, device=str(setting.device))
-    note("smallest budget for weights, 2 slots", least.smallest_overlapping_bytes / GIB, "GiB")
-    note("smallest budget for weights, 1 slot", least.smallest_bytes / GIB, "GiB")
+    blocks = plan_stream(model, None, device=str(setting.device), split=False)
+    note("smallest budget for weights, 1 slot for parts of blocks", least.smallest_bytes / GIB, "GiB")
+    note("the same, 3 slots", least.smallest_overlapping_bytes / GIB, "GiB")
+    note("smallest budget for weights, 2 slots for blocks", blocks.smallest_overlapping_bytes / GIB, "GiB")
     first: Tensor | None = None
-    beside = FIRST_GUESS
     for budget in budgets:
-        frugal = budget < FRUGAL
+        limit = int(budget * GIB) - GUESS - SPARE
+        frugal = limit < blocks.smallest_overlapping_bytes
+        if frugal:
+            limit = int(budget * GIB) - FRUGAL_GUESS - FRUGAL_SPARE
         model.save_memory(frugal)
-        limit = max(int(budget * GIB) - beside - SPARE, least.smallest_bytes)
         label = f"budget {budget:g} GiB" + (", saving memory" if frugal else "")
-        try:
-            number = 1 if frugal else None
-            limit = least.smallest_bytes if frugal else limit
-            result, needed = measure(model, step, setting, label, limit, number, budget, note)
-        except torch.OutOfMemoryError as error:
-            print(f"{label}: {error}")
-            cap(setting.device, None)
+        result = None
+        for less in (0, RETRY):
+            limit = max(limit - less, least.smallest_bytes)
+            try:
+                result = measure(model, step, setting, label, limit, budget, note)
+                break
+            except torch.OutOfMemoryError:
+                traceback.print_exc()
+                cap(setting.device, None)
+        if result is None:
             continue
         first = result if first is None else first
-        beside = beside if frugal else needed
         note(f"{label}, equal to the first (1 = yes)", float(torch.equal(result, first)), "")
         difference = (result.float() - first.float()).norm() / first.float().norm()
         note(f"{label}, relative difference to the first", float(difference), "")
@@ -141,21 +161,17 @@ def measure(
     setting: Setting,
     label: str,
     limit: int,
-    num_slots: int | None,
-    budget: float | None,
+    budget: float,
     note: Note,
-) -> tuple[Tensor, int]:
-    """Time of a step under a limit; its result, and the bytes that it needs beside the weights."""
+) -> Tensor:
+    """Time and memory of a step under a limit for weights and a budget for all; its result."""
     device = setting.device
-    if num_slots is not None:
-        limit += (num_slots - 1) * plan_stream(model, limit, device=str(device), num_slots=1).slot_bytes
     empty_cache(device)
-    if budget is not None and allocated(device) < budget * GIB:
+    if allocated(device) < budget * GIB:
         cap(device, budget)  # else the weights are on their way out of the device
     memory = resident_memory()
     start = time.perf_counter()
-    on_call = ("img_mod", "txt_mod", "norm_out") if model.separate_guidance else None
-    plan = stream(model, device=device, vram_limit=limit, num_slots=num_slots, on_call=on_call)
+    plan = stream(model, device=device, vram_limit=limit, on_call=("img_mod", "txt_mod"))
     synchronize(device)
     note(f"{label}, placing the weights", time.perf_counter() - start, "s")
     empty_cache(device)
@@ -165,17 +181,45 @@ def measure(
     result = step()
     step()
     before = fetched_bytes(model)
-    steps = 1 if model.separate_guidance else STEPS
-    times = [timed(step, device, steps) for _ in range(setting.repeats)]
-    moved = (fetched_bytes(model) - before) / setting.repeats / steps
+    times = [timed(step, device) for _ in range(setting.repeats)]
+    moved = (fetched_bytes(model) - before) / setting.repeats / STEPS
     peak, reserved = peaks(device)
+    slots = f"{plan.num_slots} slots" + (" for parts of blocks" if plan.is_split else "")
     note(f"{label}, step", statistics.median(times), "ms", peak / GIB)
     note(f"{label}, reserved on the device", reserved / GIB, "GiB")
-    note(f"{label}, weights on the device ({plan.num_slots} slots)", plan.device_bytes / GIB, "GiB")
+    note(f"{label}, weights on the device ({slots})", plan.device_bytes / GIB, "GiB")
     note(f"{label}, pinned", plan.pinned_bytes / GIB, "GiB")
     note(f"{label}, over the link per step", moved / 1e9, "GB")
+    note(f"{label}, host memory of the process", resident_memory(), "GiB")
     cap(device, None)
-    return result.cpu(), peak - plan.device_bytes
+    return result.cpu()
+
+
+@torch.no_grad()
+def compare_rows(setting: Setting, note: Note) -> None:
+    """Products of the image MLP for all tokens of both branches, and for fewer rows, bit for bit."""
+    device, width = setting.device, 128 * setting.width
+    tokens = (setting.side // 16) ** 2
+    generator = torch.Generator(device).manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    up, down = random(4 * width, width) * 0.02, random(width, 4 * width) * 0.02
+    bias_up, bias_down = random(4 * width), random(width)
+    x = random(2 * tokens, width)
+
+    def mlp(rows: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = linear_gelu_now(rows, up, bias_up, triton=device.type == "cuda")
+        out = torch.empty_like(rows)
+        linear_into(out, hidden, down, bias_down)
+        return hidden, out
+
+    whole = mlp(x)
+    for count in sorted({tokens, -(-tokens // 2), -(-tokens // 3), 1024}, reverse=True):
+        parts = [torch.cat(part) for part in zip(*(mlp(rows) for rows in x.split(count)), strict=True)]
+        for name, part, all_rows in zip(("first layer", "second layer"), parts, whole, strict=True):
+            note(f"MLP of {count} rows, {name}, equal (1 = yes)", float(torch.equal(part, all_rows)), "")
 
 
 def measure_link(device: torch.device, note: Note) -> None:

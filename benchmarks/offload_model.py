@@ -1,7 +1,8 @@
 """What the benchmarks of streaming share: the transformer in host memory, a guided step, device memory."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,21 +102,38 @@ def guided_step(model: QwenImageTransformer2DModel, setting: Setting) -> Callabl
 
     @torch.no_grad()
     def step() -> Tensor:
-        count = 1 if model.separate_guidance else 2  # branches in one pass
-        velocities: list[Tensor] = [
-            model(
-                hidden_states=image[first : first + count],
-                encoder_hidden_states=text[first : first + count],
-                timestep=timestep[first : first + count],
-                img_shapes=shapes[first : first + count],
-                return_dict=False,
-                modulation=modulation,
-            )[0]
-            for first in range(0, 2, count)
-        ]
-        return torch.cat(velocities)
+        velocities: Tensor = model(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            timestep=timestep,
+            img_shapes=shapes,
+            return_dict=False,
+            modulation=modulation,
+        )[0]
+        return velocities
 
     return step
+
+
+@contextmanager
+def pinned_in_place(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module's weights pinned where they lie, storage by storage; small ones stay as they are."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in module.parameters()
+    }
+    pinned = []
+    try:
+        for address, storage in storages.items():
+            if device.type == "cuda" and storage.nbytes() >= 2**20:
+                torch.cuda.check_error(
+                    int(torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), 0))
+                )
+                pinned.append(address)
+        yield
+    finally:
+        synchronize(device)
+        for address in pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def timed(function: Callable[[], object], device: torch.device, steps: int = STEPS) -> float:
@@ -143,8 +161,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give what the allocator keeps back."""
+    """Give what the allocator keeps back, and the workspaces of cuBLAS in streams that were used before."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -1,178 +1,99 @@
-"""Streaming beside others: from files to the first step, and diffusers' group offloading.
+"""The peers of `offload.py` over the same weights: DiffSynth-Studio's CPU offload, diffusers' group offload.
 
-    python benchmarks/offload_peers.py [--blocks 15] [--load 3] [--peer] [--results FILE]
-
-The step is that of offload.py; diffusers runs both branches of the guidance one after the other, as its
-pipelines do. Fewer blocks than 60 take proportionally less of everything, but for what is outside of them.
+Both run the branches of the guidance one after the other, as their pipelines do, and compute the modulation
+in every step.
 """
 
-import argparse
-import tempfile
-import threading
+import importlib
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
 from offload_model import (
     GIB,
     Setting,
-    config_of,
-    guided_step,
-    host_model,
+    empty_cache,
     inputs_of,
     peaks,
+    pinned_in_place,
     reset_peak,
     resident_memory,
-    synchronize,
     timed,
 )
-from results import RESULTS, record
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from training_peers import diffsynth_module, over_weights_of, stock_of
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
-from diffusers_qwenimage.checkpoint import empty_module, read_component
-from diffusers_qwenimage.offload import adopt, stream, unstream
 
 Note = Callable[..., None]
 
 
-def main() -> None:
-    """Run what is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", type=float, metavar="GIB", help="from files, with so much for weights")
-    parser.add_argument("--peer", action="store_true", help="diffusers' group offloading, with a stream")
-    parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
-    parser.add_argument("--width", type=int, default=24, help="heads of 128 dimensions (24)")
-    parser.add_argument("--side", type=int, default=1328, help="side of the picture (1328)")
-    parser.add_argument("--device", default="cuda", help="device to measure on (cuda)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
-    args = parser.parse_args()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
-    setting = Setting(device=device, blocks=args.blocks, width=args.width, side=args.side, repeats=1)
-
-    def note(case: str, value: float, unit: str, peak: float | None = None) -> None:
-        label = f"bf16, {case}" if args.blocks == 60 else f"bf16, {args.blocks} blocks, {case}"
-        record("offload", label, value, unit, peak_memory_gib=peak, path=args.results)
-
-    model = host_model(setting)
-    if args.load is not None:
-        measure_loading(model, setting, args.load, note)
-    if args.peer:
-        measure_peer(model, setting, note)
+def measure_peers(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
+    """Both; the model does not stream, and its weights are in host memory."""
+    for peer in (measure_diffsynth, measure_group_offload):
+        empty_cache(setting.device)
+        try:
+            peer(model, setting, note)
+        except (ValueError, RuntimeError) as error:
+            print(f"{peer.__name__}: {error}")
 
 
-def measure_loading(model: QwenImageTransformer2DModel, setting: Setting, budget: float, note: Note) -> None:
-    """From files (in the page cache) to the first step, `budget` GiB for weights; and reading the files."""
-    device = setting.device
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(model, Path(folder))
-        expected = guided_step(model, setting)
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        start = time.perf_counter()
-        read_files(Path(folder))
-        reading = time.perf_counter() - start
-        note("files", size / 1e9, "GB")
-        note("reading the files once, one thread", size / reading / 1e9, "GB/s")
-        config, weights = read_component(folder, "transformer")
-        empty = empty_module(lambda: QwenImageTransformer2DModel.from_config(config)).to(torch.bfloat16)
-        step = guided_step(empty.eval(), setting)
-        before = anonymous_memory()
-        with PeakMemory() as peak:
-            start = time.perf_counter()
-            plan = adopt(empty, weights, device=device, vram_limit=int(budget * GIB))
-            note("placing the weights from files", time.perf_counter() - start, "s")
-            got = step()
-            synchronize(device)
-            total = time.perf_counter() - start
-        note(f"from files to the first step, {budget:g} GiB for weights", total, "s")
-        note("the same, beside reading the files once", total / reading, "")
-        note("the same, pinned", plan.pinned_bytes / GIB, "GiB")
-        note("the same, most host memory of its own", peak.most - before, "GiB")
-        note("the same, step", timed(step, device), "ms")
-        unstream(empty, device="meta")
-        adopt(empty, weights, device=device, vram_limit=int(budget * GIB), source="mapped")
-        step()
-        note("the same, step, weights in the mapped file", timed(step, device), "ms")
-        unstream(empty, device="meta")
-        stream(model, device=device, vram_limit=int(budget * GIB))
-        note("the same, result equal (1 = yes)", float(torch.equal(got, expected())), "")
-        unstream(model)
+def measure_diffsynth(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
+    """Its transformer with everything in host memory and `vram_limit=0`; one step, since it takes long.
 
-
-def write_shards(model: nn.Module, folder: Path) -> None:
-    """The model in diffusers' layout, five blocks to a file."""
-    model.save_config(folder)  # type: ignore[operator]
-    shards: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in model.state_dict().items():
-        block = name.split(".")[1] if name.startswith("transformer_blocks.") else "0"
-        shards[f"{int(block) // 5:05}"][name] = tensor
-    for number, tensors in shards.items():
-        save_file(tensors, folder / f"{number}.safetensors")
-
-
-def read_files(folder: Path) -> None:
-    """Read all weights into one buffer, over and over."""
-    buffer = bytearray(2**26)
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-class PeakMemory:
-    """The most memory of its own that the process had while this was entered, GiB."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.most, self._done = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self.most = max(self.most, anonymous_memory())
-
-
-def anonymous_memory() -> float:
-    """GiB of the process that are no pages of files."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    kilobytes = [
-        int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))
-    ]
-    return sum(kilobytes) / 2**20
-
-
-def measure_peer(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
-    """diffusers' model with its group offloading: one block per group, a stream, events of the allocator."""
+    Raises:
+        ValueError: if the package is not installed, or the model has not the published width.
+    """
+    if model.inner_dim != 3072:
+        raise ValueError("DiffSynth-Studio's class has a fixed width of 3072.")
+    module = diffsynth_module("models.qwen_image_dit")
     with torch.device("meta"):
-        stock = diffusers.QwenImageTransformer2DModel(**config_of(setting)).to(torch.bfloat16)
-    stock.pos_embed = type(stock.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    stock.load_state_dict(model.state_dict(), assign=True)
-    stock.eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.new_empty(0)  # the other model has them now
-    device = setting.device
-    start = time.perf_counter()
-    stock.enable_group_offload(
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=device.type == "cuda",
-        record_stream=device.type == "cuda",
-    )
-    note("diffusers group_offload, placing the weights", time.perf_counter() - start, "s")
-    note("diffusers group_offload, host memory of the process", resident_memory(), "GiB")
+        peer = module.QwenImageDiT(num_layers=setting.blocks).to(torch.bfloat16)
+    peer.pos_embed = type(peer.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
+    over_weights_of(model, peer)
+    layers = importlib.import_module("diffsynth.core.vram.layers")
+    wrappers = {
+        module.RMSNorm: layers.AutoWrappedModule,
+        nn.Linear: layers.AutoWrappedLinear,
+        nn.Embedding: layers.AutoWrappedModule,
+    }
+    places = {"offload": "cpu", "onload": "cpu", "preparing": setting.device, "computation": setting.device}
+    settings = {f"{stage}_dtype": torch.bfloat16 for stage in places}
+    settings |= {f"{stage}_device": torch.device(place) for stage, place in places.items()}
+    peer = layers.enable_vram_management(peer, wrappers, settings, vram_limit=0)
+    for layer in peer.modules():
+        if isinstance(layer, layers.AutoTorchModule):
+            layer.onload()
+    image, text, timestep, shapes = inputs_of(setting)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        return torch.cat(
+            [velocity(peer, image[:1], tokens[None], timestep[:1], shapes[0]) for tokens in text]
+        )
+
+    measure("DiffSynth CPU offload", step, setting, note, warm=False)
+
+
+def velocity(peer: Any, image: Tensor, text: Tensor, timestep: Tensor, shapes: list[Any]) -> Tensor:
+    """One forward as DiffSynth-Studio's `model_fn_qwen_image` makes it."""
+    image, text_lengths = peer.img_in(image), [text.shape[1]]
+    conditioning = peer.time_text_embed(timestep, image.dtype)
+    text = peer.txt_in(peer.txt_norm(text))
+    tables = peer.pos_embed(shapes, text_lengths, device=image.device)
+    for block in peer.transformer_blocks:
+        text, image = block(image=image, text=text, temb=conditioning, image_rotary_emb=tables)
+    result: Tensor = peer.proj_out(peer.norm_out(image, conditioning))
+    return result
+
+
+def measure_group_offload(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
+    """diffusers' model: one block per group, a stream, events of the allocator.
+
+    Its weights are pinned beforehand, since it would pin them one by one for most of a minute.
+    """
+    stock, device = stock_of(model).eval(), setting.device
     image, text, timestep, shapes = inputs_of(setting)
 
     @torch.no_grad()
@@ -189,10 +110,26 @@ def measure_peer(model: QwenImageTransformer2DModel, setting: Setting, note: Not
         ]
         return torch.cat(velocities)
 
-    reset_peak(device)
-    step()
-    note("diffusers group_offload, step", timed(step, device, 1), "ms", peaks(device)[0] / GIB)
+    with pinned_in_place(stock, device):
+        start = time.perf_counter()
+        stock.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+            record_stream=device.type == "cuda",
+        )
+        seconds = time.perf_counter() - start
+        note("diffusers group_offload, placing weights that are pinned already", seconds, "s")
+        note("diffusers group_offload, host memory of the process", resident_memory(), "GiB")
+        measure("diffusers group_offload", step, setting, note, warm=True)
 
 
-if __name__ == "__main__":
-    main()
+def measure(name: str, step: Callable[[], Tensor], setting: Setting, note: Note, *, warm: bool) -> None:
+    """Time and peak of a step."""
+    reset_peak(setting.device)
+    if warm:
+        step()
+    milliseconds = timed(step, setting.device, 1)
+    note(f"{name}, step", milliseconds, "ms", peaks(setting.device)[0] / GIB)
