@@ -51,6 +51,7 @@ def measure_states(setting: Setting, case: str, on_host: HostStates | None) -> N
     label = f"{setting.side}x{setting.side}, {setting.blocks} blocks, {case}"
     setting.note(label, statistics.median(times[2:]) * 1000, "ms/step", peak)
     setting.note(f"{label}, first step", times[0], "s")
+    optimizer.release()
     if on_host:
         on_host.settle()
         setting.note(f"{label}, streamed each way in a step", on_host.num_bytes / GIB, "GiB")

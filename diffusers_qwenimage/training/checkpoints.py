@@ -38,12 +38,14 @@ class State:
         trained: trained weights by name; moving averages as `ema.NAME`.
         optimizer: the optimizer's `state_dict`.
         values: numbers and texts: options, data, guard.
+        folder: where it was read from.
     """
 
     step: int
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     values: Mapping[str, Any]
+    folder: Path | None = None
 
 
 def find_start(config: TrainConfig, output: Path) -> Path | None:
@@ -63,8 +65,14 @@ def find_start(config: TrainConfig, output: Path) -> Path | None:
     return None
 
 
-def save_state(output: Path, state: State, *, keep: int) -> Path:
+def save_state(output: Path, state: State, *, keep: int, beside: Path | None = None) -> Path:
     """Write a state and remove all but the newest `keep`; returns its folder.
+
+    Args:
+        output: of the run.
+        state: what to write.
+        keep: how many states stay.
+        beside: a folder of `output` that becomes part of the state.
 
     Raises:
         OSError: if it cannot be written; earlier states are untouched.
@@ -80,6 +88,8 @@ def save_state(output: Path, state: State, *, keep: int) -> Path:
         write_safetensors(partial / OPTIMIZER, tensors)
         values = {"step": state.step, "optimizer": plain, "values": state.values}
         write_text(partial / VALUES, json.dumps(values, indent=1) + "\n")
+        if beside is not None:
+            os.rename(beside, partial / beside.name.removeprefix("."))
         _verify(partial)
         sync(partial)
         _rename(partial, target)
@@ -104,6 +114,7 @@ def load_state(folder: Path) -> State:
             trained=load_file(folder / TRAINED),
             optimizer=_unflatten(load_file(folder / OPTIMIZER), written["optimizer"]),
             values=written["values"],
+            folder=folder,
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The state {folder} cannot be read: {error}.") from error
@@ -141,6 +152,8 @@ def remove_partial(output: Path) -> None:
     """Remove what a killed run left half written."""
     for path in output.iterdir() if output.is_dir() else ():
         if PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name == ".deepspeed":
             shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\.(step|epoch)-.*\.tmp\.safetensors", path.name):
             path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ LORA_TARGETS = (
     "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
 )
 MODELS = ("dit", "text_encoder", "vae")
+ZERO_STAGES = {"zero2": 2, "zero3": 3}  # sharding by DeepSpeed
 SIDE = 16  # pixels of a token on each axis; sizes are multiples of it
 
 
@@ -242,9 +243,10 @@ class TrainConfig:
     """Launch every kernel of a step by itself, instead of recording the steps of each shape as CUDA graphs;
     with many lengths of captions, recording takes its time too."""
 
-    sharding: Literal["none", "optimizer", "full"] = "none"
+    sharding: Literal["none", "optimizer", "full", "zero2", "zero3"] = "none"
     """How several processes share the dit: none, each has all of it (data parallelism); optimizer, gradients
-    and optimizer states are spread (ZeRO-2); full, the weights too (FSDP2, ZeRO-3)."""
+    and optimizer states are spread; full, the weights too (both by FSDP2); zero2, zero3: the same by the
+    package deepspeed."""
 
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up for one optimizer step."""
@@ -339,6 +341,8 @@ class TrainConfig:
             raise ValueError("optimizer_on_host needs optimizer_in_backward, where weights step one by one.")
         if self.optimizer_in_backward and self.sharding != "none":
             raise ValueError("optimizer_in_backward is for one process; leave sharding out.")
+        if self.sharding in ZERO_STAGES and (self.ema_decay or self.spike_factor):
+            raise ValueError(f"sharding {self.sharding} goes with neither ema_decay nor spike_factor.")
         unknown = [name for name in comma_list(self.loggers) if name not in ("tensorboard", "wandb")]
         if unknown:
             raise ValueError(f"loggers knows tensorboard and wandb, not {', '.join(unknown)}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from .checkpoints import State
 from .optimizers import MovingAverage
 from .sharding import spread, spread_states, whole, whole_states
+from .zero import FOLDER, Zero, shapes_of
 
 EMA_PREFIX = "ema."
 
@@ -25,6 +27,8 @@ class Held:
 
     def whole(self) -> tuple[Mapping[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """The optimizer's `state_dict`, weights and averages as whole tensors; all processes take part."""
+        if isinstance(self.optimizer, Zero):  # which writes its states itself
+            return {"state": {}, "param_groups": []}, self.optimizer.whole(self.parameters), {}
         states = self.optimizer.state_dict()
         tensors = {name: value.detach() for name, value in self.parameters.items()}
         averages = self.average.values if self.average else {}
@@ -36,6 +40,13 @@ class Held:
             {name: whole(value) for name, value in averages.items()},
         )
 
+    def save_beside(self, output: Path) -> Path | None:
+        """Write what the optimizer saves itself; returns its folder in `output`. All processes take part."""
+        if not isinstance(self.optimizer, Zero):
+            return None
+        self.optimizer.save(output / f".{FOLDER}")
+        return output / f".{FOLDER}"
+
     def take_over(self, state: State) -> None:
         """Put the values of a state in place.
 
@@ -43,6 +54,10 @@ class Held:
             ValueError: if it is of other weights than these.
         """
         self._check(state)
+        if isinstance(self.optimizer, Zero):
+            assert state.folder is not None
+            self.optimizer.load(state.folder / FOLDER)
+            return
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(spread(state.trained[name], parameter))
@@ -68,11 +83,11 @@ class Held:
                 "The state to resume from has other trained weights than this run: keep trainable_models, "
                 "the LoRA's options and the model as they were."
             )
-        for name, parameter in self.parameters.items():
-            if parameter.shape != state.trained[name].shape:
+        for name, shape in zip(self.parameters, shapes_of(list(self.parameters.values())), strict=True):
+            if shape != state.trained[name].shape:
                 raise ValueError(
                     f"{name} has the shape {tuple(state.trained[name].shape)} in the state to resume from, "
-                    f"but {tuple(parameter.shape)} here: keep lora_rank and the model."
+                    f"but {tuple(shape)} here: keep lora_rank and the model."
                 )
 
 

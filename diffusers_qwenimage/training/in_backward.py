@@ -35,8 +35,15 @@ class StepsInBackward:
         self._single = [_Single(parameter, make) for parameter in parameters]
         self._squares: Tensor | None = None
         self._on_host = on_host
-        for index, parameter in enumerate(parameters):
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(index))
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def release(self) -> None:
+        """Take no further steps: weights and hooks hold each other otherwise."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .batch import Batch
-from .config import TrainConfig
+from .config import ZERO_STAGES, TrainConfig
 from .feed import Feed
 from .graphs import StepGraphs, can_record
 from .host_states import HostStates
@@ -22,6 +22,7 @@ from .plan import Plan, Slot
 from .randomness import Stream, seed_for
 from .sharding import whole
 from .trained import TrainedModels, compute_context, compute_dtype
+from .zero import Zero
 
 MODULATION_STEPS = 256  # for so many steps at a time the modulation is tabulated
 
@@ -96,10 +97,13 @@ class Learner:
         names: list[str] = []
         for micro in range(self.config.gradient_accumulation_steps):
             slots = self.plan.batch(step, micro, self.accelerator.process_index)
-            with self.accelerator.accumulate(*self.modules.values()):
+            is_zero = isinstance(self.optimizer, Zero)
+            with nullcontext() if is_zero else self.accelerator.accumulate(*self.modules.values()):
                 loss, used = self.loss(slots)
+                if is_zero:
+                    self.optimizer.backward(loss)
                 # Steps in the backward pass cannot be taken back: a bad loss must stop before it.
-                if not self.config.optimizer_in_backward or bool(torch.isfinite(loss)):
+                elif not self.config.optimizer_in_backward or bool(torch.isfinite(loss)):
                     self.accelerator.backward(loss)
             total += loss.detach() / self.config.gradient_accumulation_steps
             names += used
@@ -132,6 +136,10 @@ class Learner:
         if self.config.optimizer_in_backward:
             on_host = HostStates(device=self.accelerator.device) if self.config.optimizer_on_host else None
             return StepsInBackward(parameters, partial(make_optimizer, self.config), on_host)
+        if self.config.sharding in ZERO_STAGES:
+            zero = Zero(self.config, self.modules["dit"], partial(make_optimizer, self.config))
+            self.modules = {**self.modules, "dit": zero.engine}
+            return zero
         optimizer = make_optimizer(self.config, parameters)
         if self.config.sharding != "none":
             return optimizer
@@ -182,7 +190,7 @@ class Learner:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""
         limit = self.config.max_grad_norm or float("inf")
         parameters = list(self.trained.parameters.values())
-        if isinstance(self.optimizer, StepsInBackward):
+        if isinstance(self.optimizer, StepsInBackward | Zero):
             return self.optimizer.norm()
         if self.config.sharding != "none":
             return cast(Tensor, whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))

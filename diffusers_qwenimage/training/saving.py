@@ -70,6 +70,7 @@ class Saver:
         by_epoch = within == 0 and not self.config.save_steps
         stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
         optimizer, tensors, averages = self.held.whole()
+        beside = self.held.save_beside(self.output)
         if self.accelerator.is_main_process:
             check_space(self.output, bytes_of(tensors, averages, optimizer) + 2 * bytes_of(tensors))
             metadata = base_metadata(self.config, self.files, step, step / self.plan.steps_per_epoch)
@@ -83,7 +84,7 @@ class Saver:
                 "config": asdict(self.config),
             }
             state = make_state(step, optimizer, tensors, averages, values)
-            save_state(self.output, state, keep=self.config.keep_states)
+            save_state(self.output, state, keep=self.config.keep_states, beside=beside)
         self.accelerator.wait_for_everyone()
         return self.output / f"{stem}.safetensors"
 

@@ -27,7 +27,7 @@ from diffusers_qwenimage.lora.targets import Target, find_target
 from diffusers_qwenimage.offload import stream
 from diffusers_qwenimage.quantize import quantize_
 
-from .config import TrainConfig, comma_list
+from .config import ZERO_STAGES, TrainConfig, comma_list
 from .memory import RESERVE, plan_keep, unit_bytes, weights_budget
 from .models import COMPONENTS, ModelFiles
 from .modulation import ModulationRows, can_tabulate
@@ -76,7 +76,8 @@ def load_trained(
         full = not config.is_lora and name in config.trained_models
         if full:
             there = torch.device("cpu") if sharded else device
-            modules[name] = files.load(COMPONENTS[name], trained_dtype, there)
+            own_dtype = dtype if config.sharding in ZERO_STAGES else trained_dtype
+            modules[name] = files.load(COMPONENTS[name], own_dtype, there)
             copy_mapped_(modules[name])
             modules[name].requires_grad_(True).train()
         elif name == "dit" and config.is_lora:
@@ -85,7 +86,7 @@ def load_trained(
             modulation = place_base_(modules[name], config, device, sizes)
         else:
             modules[name] = files.load(COMPONENTS[name], dtype, device)
-    if sharded:
+    if sharded and config.sharding not in ZERO_STAGES:
         shard_(modules["dit"], device, reshard_after_forward=config.sharding == "full")
     parameters = {
         f"{name}.{key}": parameter
@@ -212,7 +213,7 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 
 def compute_context(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast where whole models are trained in another type than they compute in."""
-    if config.is_lora or config.dtype == config.trainable_dtype:
+    if config.is_lora or config.dtype == config.trainable_dtype or config.sharding in ZERO_STAGES:
         return nullcontext()
     return torch.autocast(device.type, compute_dtype(config))
 

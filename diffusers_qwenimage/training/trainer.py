@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .cache import Encoders, TensorCache
 from .checkpoints import State, find_start, load_state
-from .config import TrainConfig, comma_list
+from .config import ZERO_STAGES, TrainConfig, comma_list
 from .data import Sample, inspect_rows
 from .feed import Feed
 from .guard import Guard
@@ -44,6 +44,7 @@ from .trained import (
     load_trained,
 )
 from .validation import Validation
+from .zero import check_deepspeed
 
 logger = logging.getLogger(__name__)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -65,6 +66,7 @@ def train(config: TrainConfig) -> Path:
         find_format(config)
     find_optimizer(config)
     check_loggers(config)
+    check_deepspeed(config)
     if config.push_to_hub:
         check_login(config.push_to_hub, config.hub)
     accelerator = Accelerator(
@@ -78,7 +80,8 @@ def train(config: TrainConfig) -> Path:
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"Training on {accelerator.distributed_type.value} is not available; start one process, or "
-            "several (accelerate launch --multi_gpu), and spread the weights over them with --sharding full."
+            "several (accelerate launch --multi_gpu), and spread the weights over them with --sharding full "
+            "or, by DeepSpeed, zero3."
         )
     main = accelerator.is_main_process
     with stop_on_sigterm() as stop, output_lock(output, held_by_us=main):
@@ -295,7 +298,7 @@ class Trainer:
                 self.validation.render(
                     step, self.trained.modules["dit"], self.encoders, save=self.accelerator.is_main_process
                 )
-                if self.is_sharded:
+                if self.is_sharded and self.config.sharding not in ZERO_STAGES:
                     give_back_(self.trained.modules["dit"])
             if self.config.cache and "vae" not in self.trained.modules:
                 self.encoders.release()
