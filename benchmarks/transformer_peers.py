@@ -207,7 +207,8 @@ def _with_cache_dit(
     import cache_dit  # type: ignore[import-not-found,unused-ignore]
 
     model = _stock(ours)
-    cache_dit.enable_cache(model, cache_config=cache_dit.DBCacheConfig(num_inference_steps=num_steps))
+    config = cache_dit.DBCacheConfig(num_inference_steps=num_steps, enable_separate_cfg=False)
+    cache_dit.enable_cache(model, cache_config=config)
 
     def run() -> tuple[Tensor, int]:
         cache_dit.refresh_context(model, num_inference_steps=num_steps)
