@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 THREADS = 8  # most of a variant's time passes in processes or without Python's lock
+THREADS_BESIDE = 2  # where this thread goes on launching kernels: more would keep it from the lock
 _STARTED: dict[tuple[torch.device, "Variant"], "Future[None]"] = {}
 
 
@@ -53,7 +54,9 @@ def compile_autoencoder(vae: Any, device: torch.device) -> "list[Future[None]]":
 
     widths = sorted({vae.config.base_dim * factor for factor in vae.config.dim_mult}, reverse=True)
     return _start(
-        [*vae_attention.variants(widths[0], vae.dtype), *vae_norm.variants(widths, vae.dtype)], device
+        [*vae_attention.variants(widths[0], vae.dtype), *vae_norm.variants(widths, vae.dtype)],
+        device,
+        threads=THREADS_BESIDE,
     )
 
 
@@ -70,12 +73,14 @@ def _compiles(device: torch.device) -> bool:
     return device.type == "cuda" and backend(device).name == "triton"
 
 
-def _start(variants: "Sequence[Variant]", device: torch.device) -> "list[Future[None]]":
+def _start(
+    variants: "Sequence[Variant]", device: torch.device, *, threads: int = THREADS
+) -> "list[Future[None]]":
     """One job for each variant that was not started before on the device."""
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     missing = [variant for variant in variants if (device, variant) not in _STARTED]
     if missing:
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile-kernels")
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="compile-kernels")
         for variant in missing:
             _STARTED[device, variant] = pool.submit(_compile, variant, device)
         pool.shutdown(wait=False)
