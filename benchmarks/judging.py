@@ -1,5 +1,6 @@
-"""How many pictures of the embedded checkpoint are right, judged by several processes at a time."""
+"""What is shared by benchmarks that draw with the embedded checkpoint: arguments, judges, PSNR."""
 
+import argparse
 import multiprocessing
 import os
 import sys
@@ -9,13 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from results import RESULTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny"))
-from evaluate import Request  # noqa: E402
+from evaluate import EMBEDDED, Request  # noqa: E402
 from judge import judge  # noqa: E402
 
 Pictures = NDArray[np.uint8]
 MOST_PROCESSES = 16
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What both benchmarks that draw with the embedded checkpoint can be told."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint (the embedded one)")
+    parser.add_argument("--number", type=int, default=200, help="captions (200)")
+    parser.add_argument("--batch", type=int, default=200, help="pictures at a time (200)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    return parser
 
 
 class Judges:

@@ -7,14 +7,13 @@ Reported: how many pictures are right (examples/tiny/evaluate.py) and PSNR to th
 the pictures. The small model has no outlier channels; `quantization.py` has the errors with them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from judging import Judges, psnr
-from results import RESULTS, record
+from judging import Judges, arguments, psnr
+from results import record
 from step_reduction import CFG
 
 from diffusers_qwenimage import QwenImagePipeline
@@ -22,22 +21,15 @@ from diffusers_qwenimage.graphs import graphs_of
 from diffusers_qwenimage.quantize import quantize_
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny"))
-from evaluate import EMBEDDED, draw, held_out_requests  # noqa: E402
+from evaluate import draw, held_out_requests  # noqa: E402
 
 ARMS = ("float32", "bf16", "fp8", "int8", "fp8-storage")
 
 
 def main() -> None:
     """Draw with every kind and record it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint (the embedded one)")
-    parser.add_argument("--number", type=int, default=200, help="captions (200)")
-    parser.add_argument("--batch", type=int, default=200, help="pictures at a time (200)")
+    parser = arguments(__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="kinds beside float32 (all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     requests = held_out_requests(args.number, seed=1)
     captions = [request.caption.text for request in requests]

@@ -8,7 +8,6 @@ of a picture. A cache is worth having if it is nearer to the exact run than as m
 A cache decides for a whole batch at once. On a GPU the steps are CUDA graphs where nothing hooks into them.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ from typing import Any
 
 import torch
 from diffusers import FirstBlockCacheConfig
-from judging import Judges, Pictures, psnr
-from results import RESULTS, record
+from judging import Judges, Pictures, arguments, psnr
+from results import record
 
 from diffusers_qwenimage import QwenImagePipeline
 from diffusers_qwenimage.graphs import graphs_of
@@ -28,23 +27,16 @@ from diffusers_qwenimage.kernels import use_backend
 from diffusers_qwenimage.step_cache import ForecastCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny"))
-from evaluate import EMBEDDED, draw, held_out_requests  # noqa: E402
+from evaluate import draw, held_out_requests  # noqa: E402
 
 CFG = 4.0
 
 
 def main() -> None:
     """Draw with every arm and record it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint (the embedded one)")
-    parser.add_argument("--number", type=int, default=200, help="captions (200)")
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of the exact run (20)")
-    parser.add_argument("--batch", type=int, default=200, help="pictures at a time (200)")
     parser.add_argument("--arms", nargs="+", help="only arms with one of these words in their name")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     requests = held_out_requests(args.number, seed=1)
     judges = Judges(requests)
