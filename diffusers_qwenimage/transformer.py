@@ -15,9 +15,7 @@ stream (1, or 2 with `zero_cond_t`: the picture, then the clean references).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,7 +29,6 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
@@ -45,6 +42,8 @@ from .hooked import is_hooked
 from .kernels import backend
 from .offload import passing, streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
+from .timestep import TimestepTextEmbedding
+from .transformer_files import TransformerFilesMixin
 
 if TYPE_CHECKING:
     from .fused import ModulationAhead
@@ -81,6 +80,7 @@ class ModulationTable:
 
 
 class QwenImageTransformer2DModel(
+    TransformerFilesMixin,
     ModelMixin,
     ConfigMixin,
     PeftAdapterMixin,
@@ -359,93 +359,6 @@ class QwenImageTransformer2DModel(
         weight = next(first.img_mod.parameters(), None)
         return weight is not None and weight.device != device
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "QwenImageTransformer2DModel":
-        """Load from a folder or the Hub, as diffusers does; also what `save_pretrained` wrote in 8 bits."""
-        from .quantize.loader import register_loader
-
-        register_loader()
-        return cast("QwenImageTransformer2DModel", super().from_pretrained(*args, **kwargs))
-
-    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look for `variant` in the signature
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, layers in 8 bits as they are; `from_pretrained` of this class reads it."""
-        from .quantize.stored import record_of
-
-        record = record_of(self)
-        if record is not None or "quantization_config" in self.config:
-            self.register_to_config(quantization_config=record)
-        super().save_pretrained(*args, **kwargs)
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: Any,
-        *,
-        config: str | Path | dict[str, Any] | None = None,
-        subfolder: str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        weights: str | None = None,
-        skip: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> "QwenImageTransformer2DModel":
-        """Load a transformer from one safetensors file: diffusers or ComfyUI keys, bf16, fp8 or scaled fp8.
-
-        Args:
-            pretrained_model_link_or_path_or_dict: path of the file (or of one shard), or a state dict. A Hub
-                link, or `quantization_config`, is passed on to diffusers' own loader.
-            config: folder or Hub id whose config.json to use, or the config itself. Without it the sizes are
-                read off the shapes.
-            subfolder: of `config`.
-            dtype: type of the loaded weights; bf16 when not given.
-            torch_dtype: older name of `dtype`.
-            device: where the weights go.
-            weights: kind of 8 bits in which to keep the layers (quantize.quantize_). What a file holds so is
-                taken as it is stored. Without it, 8-bit weights are multiplied out.
-            skip: layers that stay in `dtype`, where the file is not of 8 bits.
-
-        Raises:
-            ValueError: if the file is damaged, is no Qwen-Image transformer, or has unknown or missing keys.
-        """
-        from .checkpoint import load_transformer_file
-
-        source = pretrained_model_link_or_path_or_dict
-        if kwargs or (isinstance(source, str) and source.startswith(("http://", "https://"))):
-            # Options and links that only diffusers' loader knows (GGUF, revisions, tokens).
-            loaded = super().from_single_file(
-                source,
-                config=config,
-                subfolder=subfolder,
-                dtype=dtype or torch_dtype,
-                device=device,
-                **kwargs,
-            )
-            return cast("QwenImageTransformer2DModel", loaded)
-        if weights is not None:
-            from .quantize import SKIPPED, load_quantized
-
-            if isinstance(config, str | Path):
-                config = cast(dict[str, Any], cls.load_config(str(config), subfolder=subfolder))
-            return load_quantized(
-                cls,
-                source,
-                weights,
-                config=config,
-                skip=SKIPPED if skip is None else skip,
-                dtype=dtype or torch_dtype or torch.bfloat16,
-                device=device,
-            )
-        return load_transformer_file(
-            cls,
-            source,
-            config=config,
-            subfolder=subfolder,
-            dtype=dtype or torch_dtype or torch.bfloat16,
-            device=device,
-        )
-
     def _check(
         self,
         image: Tensor,
@@ -519,31 +432,6 @@ class QwenImageTransformer2DModel(
 
     def _blocks(self) -> list[QwenImageTransformerBlock]:
         return cast(list[QwenImageTransformerBlock], list(self.transformer_blocks))
-
-
-class TimestepTextEmbedding(nn.Module):
-    """Embedding [B, D] of the timestep and, for Layered, of the kind of picture.
-
-    Sinusoids of 1000 sigma, then a two-layer MLP. Name and keys as in diffusers; the text has no part in it.
-    """
-
-    def __init__(self, width: int, use_additional_t_cond: bool) -> None:
-        super().__init__()
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
-        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=width)
-        self.use_additional_t_cond = use_additional_t_cond
-        if use_additional_t_cond:
-            self.addition_t_embedding = nn.Embedding(2, width)
-
-    def forward(self, sigma: Tensor, like: Tensor, additional_t_cond: Tensor | None = None) -> Tensor:
-        """Embed `sigma` [B]; the type is that of `like`."""
-        embedded: Tensor = self.timestep_embedder(self.time_proj(sigma).to(like.dtype))
-        if not self.use_additional_t_cond:
-            return embedded
-        if additional_t_cond is None:
-            raise ValueError("This model was trained with use_additional_t_cond: pass additional_t_cond [B].")
-        kind: Tensor = self.addition_t_embedding(additional_t_cond)
-        return embedded + kind.to(like.dtype)
 
 
 def _register_with_cache_hooks() -> None:
