@@ -14,9 +14,10 @@ from pathlib import Path
 
 import diffusers
 import torch
+from arms import GIB
 from results import RESULTS, record
 from torch import Tensor
-from transformer import GIB, build, inputs_of
+from transformer_model import build, inputs_of
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
 from diffusers_qwenimage.denoise import DenoiseInputs, denoise
