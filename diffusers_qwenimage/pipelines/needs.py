@@ -109,16 +109,18 @@ def denoise_bytes(
         fused: on the fused path.
         frugal: with `save_memory()` there.
     """
-    config = transformer.config
-    width: int = config.num_attention_heads * config.attention_head_dim
-    table: int = demand.steps * config.num_layers * 12 * width * dtype.itemsize
     widths = demand.tokens * (FUSED_DENOISE_WIDTHS if fused else DENOISE_WIDTHS)
     if frugal:
         one = demand.tokens // demand.samples
         widths = demand.tokens * FRUGAL_STREAM_WIDTHS + one * FRUGAL_SAMPLE_WIDTHS
-    activations = int(widths * width * dtype.itemsize)
-    tabulating = table + 24 * width * width * dtype.itemsize  # stacked, while weights of two blocks visit
-    return max(activations, tabulating) + table + _workspace(activations)
+    activations = int(widths * _width(transformer) * dtype.itemsize)
+    return activations + _table_bytes(transformer, demand, dtype) + _workspace(activations)
+
+
+def tabulate_bytes(transformer: Any, demand: Demand, dtype: torch.dtype) -> int:
+    """Of tabulating the modulation: rows and their stack, while weights of two blocks visit."""
+    visiting = 24 * _width(transformer) ** 2 * dtype.itemsize
+    return 2 * _table_bytes(transformer, demand, dtype) + visiting
 
 
 def encode_text_bytes(text_encoder: Any, *, tokens: int = 512) -> int:
@@ -191,6 +193,14 @@ def adapter_bytes(module: nn.Module | None) -> int:
         return 0
     named = dict(module.named_parameters())
     return sum(value.nbytes for name, value in named.items() if ".lora_" in name)
+
+
+def _width(transformer: Any) -> int:
+    return int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+
+
+def _table_bytes(transformer: Any, demand: Demand, dtype: torch.dtype) -> int:
+    return int(demand.steps * transformer.config.num_layers * 12 * _width(transformer) * dtype.itemsize)
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -3,11 +3,12 @@
 The transformer comes first: it runs in every step. Its weights stay on the device as far as they fit beside
 the activations of a step, the rest streams. The text encoder streams through the memory that the activations
 need later, unless there is room for it too. The VAE visits the device; it decodes in tiles if it has to. So
-at the three moments of a picture
+at the four moments of a picture
 
-    text     resident weights + slots and activations of the text encoder
-    denoise  resident weights + slots of the transformer + activations of a step
-    decode   resident weights + the VAE + its activations
+    text      resident weights + slots and activations of the text encoder
+    tabulate  resident weights + the modulation's, two blocks at a time, and what is computed of them
+    denoise   resident weights + slots of the transformer + that table + activations of a step
+    decode    resident weights + the VAE + its activations
 
 are on the device, and each fits the budget. Sizes in bytes.
 """
@@ -32,6 +33,7 @@ from .needs import (
     denoises_fused,
     encode_text_bytes,
     fitting_tile,
+    tabulate_bytes,
     weight_bytes,
 )
 
@@ -53,7 +55,7 @@ class PipelinePlan:
         vae_bytes: weights of the VAE.
         vae_stays: whether they stay on the device.
         adapter_bytes: of LoRA layers, on the device.
-        denoise_bytes, encode_bytes, decode_bytes: beside the weights, in each of the moments.
+        encode_bytes, tabulate_bytes, denoise_bytes, decode_bytes: beside the weights, in each of the moments.
         tile: side of a tile in latent pixels when the largest picture is decoded, None for no tiles.
         frugal: whether the transformer saves memory, for time: `save_memory()`.
         smallest_bytes: the smallest budget that works for this demand.
@@ -66,8 +68,9 @@ class PipelinePlan:
     vae_bytes: int
     vae_stays: bool
     adapter_bytes: int
-    denoise_bytes: int
     encode_bytes: int
+    tabulate_bytes: int
+    denoise_bytes: int
     decode_bytes: int
     tile: int | None
     frugal: bool
@@ -85,6 +88,7 @@ class PipelinePlan:
         base = self.resident_bytes
         return {
             "text": base + _slots(self.text_encoder) + self.encode_bytes if self.text_encoder else 0,
+            "tabulate": base + self.tabulate_bytes,
             "denoise": base + _slots(self.transformer) + self.denoise_bytes,
             "decode": base + (0 if self.vae_stays else self.vae_bytes) + self.decode_bytes,
         }
@@ -192,7 +196,7 @@ class _Planner:
         self._vae_bytes = weight_bytes(parts.vae)
         self._fused_vae = decodes_fused(parts.vae, torch.device(device))
         self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
-        self._denoise = 0
+        self._denoise = self._tabulate = 0
         self._frugal = False
         self.save_memory(False)
         self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
@@ -206,6 +210,7 @@ class _Planner:
         self._frugal = enabled and fused
         if transformer is not None:
             dtype = compute_dtype(self._parts)
+            self._tabulate = tabulate_bytes(transformer, self._demand, dtype)
             self._denoise = denoise_bytes(transformer, self._demand, dtype, fused=fused, frugal=self._frugal)
 
     def smallest(self, *, overlapping: bool = False) -> PipelinePlan:
@@ -254,14 +259,14 @@ class _Planner:
         yield least
 
     def _fitting_transformer(self, budget: int, text: StreamPlan | None) -> StreamPlan | None:
-        """The plan with most resident weights whose three moments fit the budget."""
+        """The plan with most resident weights whose moments fit the budget."""
         aside = _resident(text) + self._adapters
         limit = budget - aside - self._denoise
         stays = _resident(self._overlapping_transformer())
         sides = [side for side in TILE_SIDES if side <= PREFERRED_TILE]
         peaks = [self._peak_of_decoding(side) for side in ([None] if self._fused_vae else []) + sides]
         decode = next((peak for peak in peaks if peak <= budget - aside - stays), peaks[-1])
-        others = max(_slots(text) + self._encode, decode)
+        others = max(_slots(text) + self._encode, self._tabulate, decode)
         most = budget - aside - others
         if self._persistent is not None:
             most = min(most, self._persistent * compute_dtype(self._parts).itemsize)
@@ -355,8 +360,9 @@ class _Planner:
             vae_bytes=self._vae_bytes,
             vae_stays=vae_stays,
             adapter_bytes=self._adapters,
-            denoise_bytes=self._denoise,
             encode_bytes=self._encode,
+            tabulate_bytes=self._tabulate,
+            denoise_bytes=self._denoise,
             decode_bytes=decode,
             tile=tile,
             frugal=self._frugal,
