@@ -121,7 +121,7 @@ def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) 
         assert isinstance(second, float)
         return 1000 * (second - first)
     assert isinstance(second, torch.cuda.Event)
-    return first.elapsed_time(second)
+    return float(first.elapsed_time(second))
 
 
 def _wait(device: torch.device) -> None:

@@ -139,6 +139,34 @@ def test_recording_without_memory_goes_on_launched(model):
     assert "a graph needs about" in graphs.given_up  # asked for before it is recorded
 
 
+def test_graphs_give_way_when_memory_runs_out(model):
+    graphs = graphs_of(model)
+    graphs.mode = "on"
+    small, large = call_of((77, 10), side=(48, 48)), call_of((77, 10), side=(64, 64))
+    expected = forward(model, large)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    forward(model, large)
+    needed = torch.cuda.max_memory_reserved() - before
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        graphs(model, small)
+    assert graphs.number == 1
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - before
+    assert held > 0
+    total = torch.cuda.mem_get_info()[1]
+    # for the larger call, or for it and half of what the graph holds, not for both
+    torch.cuda.set_per_process_memory_fraction((before + needed + held // 2) / total)
+    try:
+        got = graphs(model, large)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(got, expected)
+    assert graphs.number == 0 and graphs.given_up == "device memory ran out"
+
+
 class Copying(torch.nn.Module):
     """Copies from the processor's memory, which cannot be recorded."""
 
