@@ -46,9 +46,10 @@ class RotaryEmbedding(nn.Module):
             return self._build(image_shapes, text_length, device)
         key = (tuple(image_shapes), text_length, device)
         if key not in self._tables:
-            # Built on the CPU so that every device has the same values.
-            image, text = self._build(image_shapes, text_length, torch.device("cpu"))
-            self._tables[key] = image.to(device), text.to(device)
+            # Built on the CPU so that every device has the same values; a step of training may read them too.
+            with torch.inference_mode(False):
+                image, text = self._build(image_shapes, text_length, torch.device("cpu"))
+                self._tables[key] = image.to(device), text.to(device)
             if len(self._tables) > CACHED_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)

@@ -257,6 +257,22 @@ def test_gradients_take_the_plain_path():
         assert relative(got, plain) < ROUNDING
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_just_loaded_are_one_product(tmp_path, mode):
+    ours, inputs = model(), moved(transformer_inputs([(1, 4, 6)]))
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(tmp_path).to(DEVICE)
+    attn = loaded.transformer_blocks[0].attn
+    with mode():
+        assert relative(*both(loaded, inputs, "reference")) < ROUNDING
+    for names in projections.GROUPS:
+        weights = [getattr(attn, name).weight for name in names]
+        assert all(weight.requires_grad for weight in weights)
+        assert projections.joined(weights) is not None
+    loaded(**inputs).sample.sum().backward()  # can still be trained
+    assert attn.to_q.weight.grad is not None
+
+
 def test_autocast_and_compilation_take_the_plain_path():
     ours, inputs = model(), moved(transformer_inputs([(1, 4, 6)]))
     with torch.autocast(DEVICE, torch.bfloat16):
