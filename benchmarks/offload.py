@@ -94,18 +94,20 @@ def main() -> None:
         measure_budgets(model, step, setting, args.budgets, note)
     if args.rows:
         compare_rows(setting, note)
-    if args.peers:
-        unstream(model)
-        measure_peers(model, setting, note)
+    unstream(model)
+    weights = {name: value.detach() for name, value in model.state_dict().items()} if args.peers else {}
     if args.kind:
         prefix = args.kind
         quantise(model, args.kind, device, note)
         measure_budgets(model, step, setting, args.kind_budgets, note)
+    if args.peers:
+        prefix = "bf16"
+        unstream(model, device="meta")
+        measure_peers(weights, setting, note)
 
 
 def quantise(model: QwenImageTransformer2DModel, kind: str, device: torch.device, note: Note) -> None:
     """Quantise the blocks on the device; the modulation stays on the host."""
-    unstream(model, device=None)
     for block in model.transformer_blocks:
         for part in (block.attn, block.img_mlp, block.txt_mlp):
             part.to(device)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 from offload_model import (
     GIB,
     Setting,
+    config_of,
     empty_cache,
     inputs_of,
     peaks,
@@ -22,36 +24,34 @@ from offload_model import (
     timed,
 )
 from torch import Tensor, nn
-from training_peers import diffsynth_module, over_weights_of, stock_of
-
-from diffusers_qwenimage import QwenImageTransformer2DModel
+from training_peers import diffsynth_module
 
 Note = Callable[..., None]
 
 
-def measure_peers(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
-    """Both; the model does not stream, and its weights are in host memory."""
+def measure_peers(weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
+    """Both, over the tensors of ours, by name, in host memory."""
     for peer in (measure_diffsynth, measure_group_offload):
         empty_cache(setting.device)
         try:
-            peer(model, setting, note)
+            peer(weights, setting, note)
         except (ValueError, RuntimeError) as error:
             print(f"{peer.__name__}: {error}")
 
 
-def measure_diffsynth(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
+def measure_diffsynth(weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
     """Its transformer with everything in host memory and `vram_limit=0`; one step, since it takes long.
 
     Raises:
         ValueError: if the package is not installed, or the model has not the published width.
     """
-    if model.inner_dim != 3072:
+    if setting.width != 24:
         raise ValueError("DiffSynth-Studio's class has a fixed width of 3072.")
     module = diffsynth_module("models.qwen_image_dit")
     with torch.device("meta"):
         peer = module.QwenImageDiT(num_layers=setting.blocks).to(torch.bfloat16)
     peer.pos_embed = type(peer.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    over_weights_of(model, peer)
+    peer.load_state_dict(weights, assign=True)
     layers = importlib.import_module("diffsynth.core.vram.layers")
     wrappers = {
         module.RMSNorm: layers.AutoWrappedModule,
@@ -88,12 +88,17 @@ def velocity(peer: Any, image: Tensor, text: Tensor, timestep: Tensor, shapes: l
     return result
 
 
-def measure_group_offload(model: QwenImageTransformer2DModel, setting: Setting, note: Note) -> None:
+def measure_group_offload(weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
     """diffusers' model: one block per group, a stream, events of the allocator.
 
     Its weights are pinned beforehand, since it would pin them one by one for most of a minute.
     """
-    stock, device = stock_of(model).eval(), setting.device
+    device = setting.device
+    with torch.device("meta"):
+        stock = diffusers.QwenImageTransformer2DModel(**config_of(setting)).to(torch.bfloat16)
+    stock.pos_embed = type(stock.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
+    stock.load_state_dict(weights, assign=True)
+    stock.eval().requires_grad_(False)
     image, text, timestep, shapes = inputs_of(setting)
 
     @torch.no_grad()
