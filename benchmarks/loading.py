@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, record
+from results import record
 from torch import Tensor
-from true_model import FOLDER, write_model
+from true_model import PROMPT, add_options, write_model
 from watches import HostWatch, StackWatch, own_memory
 
 import diffusers_qwenimage.fused  # noqa: F401  # what else is imported when it is used first is no loading
@@ -43,7 +43,6 @@ USED_AGAIN = 27 * 10**9  # bytes that are read into buffers: half of the files
 ONE_THREAD = 8 * 10**9  # bytes that one thread reads
 RATE_BYTES, RATE_SLABS = 2**28, 8
 UNUSED = ("embed_tokens", "lm_head", "visual.")  # parts of the text encoder that prompts do not read whole
-PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
 STEPS_TAKEN = 3
 Piece = tuple[Path, int, int]  # file, first byte, number of bytes
 Note = Callable[..., None]
@@ -54,18 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the model")
-    parser.add_argument("--keep", action="store_true", help="leave the model there")
-    parser.add_argument("--blocks", type=int, default=60, help="of the transformer (60)")
-    parser.add_argument("--layers", type=int, default=28, help="of the text encoder (28)")
+    add_options(parser)
     parser.add_argument("--vram", type=float, default=12.0, help="budget in GiB (12)")
     parser.add_argument("--weights", default="bf16", help="bf16, fp8, int8 (bf16)")
     parser.add_argument("--side", type=int, default=1328, help="of the picture (1328)")
-    parser.add_argument("--steps", type=int, default=20, help="of the schedule (20); three are taken")
     parser.add_argument("--rates", action="store_true", help="how fast host memory is filled and pinned")
     parser.add_argument("--profile", action="store_true", help="print where the time of loading goes")
-    parser.add_argument("--device", default="cuda", help="(cuda)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     case = f"{args.weights}, budget {args.vram:g} GiB"
     if args.blocks != 60 or args.layers != 28:

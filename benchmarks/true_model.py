@@ -3,6 +3,7 @@
 The VAE is whole and random, the tokenizer that of the embedded checkpoint.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import RESULTS
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from diffusers_qwenimage import AutoencoderKLQwenImage, QwenImageTransformer2DModel, default_checkpoint
@@ -40,6 +42,18 @@ VISION_CONFIG = {
     "depth": 32,
     "num_heads": 16,
 }
+PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where the model is, how large it is, and what is drawn with it on what."""
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the model")
+    parser.add_argument("--keep", action="store_true", help="leave the model there")
+    parser.add_argument("--blocks", type=int, default=60, help="of the transformer (60)")
+    parser.add_argument("--layers", type=int, default=28, help="of the text encoder (28)")
+    parser.add_argument("--steps", type=int, default=20, help="of the schedule (20)")
+    parser.add_argument("--device", default="cuda", help="(cuda)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
 
 
 def write_model(folder: Path, blocks: int, layers: int) -> None:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, record
+from results import record
 from torch import Tensor
-from true_model import FOLDER, write_model
+from true_model import PROMPT, add_options, write_model
 from watches import DeviceWatch, HostWatch
 
 from diffusers_qwenimage import default_checkpoint
@@ -32,7 +32,6 @@ GIB = 2**30
 TIMES = ("loading", "first step since loading began", "step", "decoding", "whole picture", "second picture")
 GIGABYTES = "most in use on the device, CUDA and others included"  # in the unit of the goal too
 TOLD = "told: "
-PROMPT = "A detailed portrait of a girl underwater, wearing a blue flowing dress, hair gently floating."
 
 
 def main() -> None:
@@ -40,17 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the model")
-    parser.add_argument("--keep", action="store_true", help="leave the model there")
-    parser.add_argument("--blocks", type=int, default=60, help="of the transformer (60)")
-    parser.add_argument("--layers", type=int, default=28, help="of the text encoder (28)")
+    add_options(parser)
     parser.add_argument("--tiny", action="store_true", help="use the embedded checkpoint instead")
     parser.add_argument("--vram", type=float, nargs="+", default=[8.0, 12.0], help="budgets in GiB (8 12)")
     parser.add_argument("--weights", nargs="+", default=["bf16"], help="bf16, fp8, int8 (bf16)")
     parser.add_argument("--side", type=int, default=1024, help="of the picture (1024)")
-    parser.add_argument("--steps", type=int, default=20, help="(20)")
-    parser.add_argument("--device", default="cuda", help="(cuda)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     parser.add_argument("--second", action="store_true", help="draw a second picture too")
     parser.add_argument("--inline", action="store_true", help="one case, without a process of its own")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

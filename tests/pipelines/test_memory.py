@@ -1,6 +1,7 @@
 """VRAM management of the diffusers-style pipelines, on a simulated device: the CPU."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,14 @@ def test_the_report_is_for_reading(folder: Path) -> None:
     for part in ("resident", "slots", "streams", "transformer", "text_encoder", "vae", "from pinned memory"):
         assert part in text
     assert "expected peak" in text and "time per step" in text and "estimated" in text
+
+
+def test_the_report_counts_cuda_itself_and_the_buffer(folder: Path) -> None:
+    report = load(folder, vram_limit=2, vram_buffer=0.25, device="cpu").memory_report()
+    assert (report.budget, report.buffer, report.context) == (2 * GIB, GIB // 4, 0)
+    text = str(replace(report, context=GIB // 2, peaks={"text": GIB, "denoise": 2 * GIB, "decode": 0}))
+    assert "budget 2.00 GiB, 0.25 GiB of it kept free" in text
+    assert "expected peak  2.50 GiB (CUDA 0.50 GiB, then text 1.00 GiB, denoise 2.00 GiB)" in text
 
 
 def test_what_from_pretrained_does_not_take_in_place_is_named(folder: Path) -> None:

@@ -46,19 +46,23 @@ def model(request: pytest.FixtureRequest) -> Parts:
     return parts(request.param)
 
 
+def random_demand(draw: random.Random) -> Demand:
+    return Demand(
+        rows=draw.randint(8, 128),
+        columns=draw.randint(8, 128),
+        pictures=draw.randint(1, 4),
+        guided=draw.random() < 0.7,
+        text_tokens=draw.randint(1, 1024),
+        steps=draw.randint(1, 60),
+        reference_tokens=draw.choice([0, 0, 4096]),
+    )
+
+
 def test_no_plan_exceeds_its_budget(model: Parts) -> None:
     draw = random.Random(0)
     refused = 0
     for _ in range(50):
-        demand = Demand(
-            rows=draw.randint(8, 128),
-            columns=draw.randint(8, 128),
-            pictures=draw.randint(1, 4),
-            guided=draw.random() < 0.7,
-            text_tokens=draw.randint(1, 1024),
-            steps=draw.randint(1, 60),
-            reference_tokens=draw.choice([0, 0, 4096]),
-        )
+        demand = random_demand(draw)
         budget = round(draw.uniform(0.6, 12) * GIB)
         try:
             plan = plan_pipeline(model, budget, demand, device="cuda:0")
@@ -115,17 +119,7 @@ def test_memory_is_used(model: Parts) -> None:
 def test_a_demand_that_is_joined_covers_both() -> None:
     draw = random.Random(1)
     for _ in range(100):
-        a, b = (
-            Demand(
-                rows=draw.randint(1, 128),
-                columns=draw.randint(1, 128),
-                pictures=draw.randint(1, 4),
-                guided=draw.random() < 0.5,
-                text_tokens=draw.randint(1, 500),
-                steps=draw.randint(1, 50),
-            )
-            for _ in range(2)
-        )
+        a, b = random_demand(draw), random_demand(draw)
         assert a.joined(b).covers(a) and a.joined(b).covers(b) and a.covers(a)
 
 
