@@ -31,7 +31,7 @@ from diffusers_qwenimage.quantize.stored import stored_weight
 from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
 from .placing import Progress, layout_for, unit_of
-from .plan import Placement, Source, StreamPlan, make_plan
+from .plan import Placement, Source, StreamPlan, Surveys, make_plan
 from .ring import Unit
 from .state import Streaming
 from .stream import device_of
@@ -55,6 +55,7 @@ def adopt(
     source: Source = "pinned",
     num_slots: int | None = None,
     split: bool | None = None,
+    surveys: Surveys | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamPlan:
     """Load a module that is on the meta device, and stream it.
@@ -67,6 +68,7 @@ def adopt(
             quantised.
         weights: the tensors under the module's names (`read_component`).
         device: as in `stream`, like the other arguments.
+        surveys: as in `plan_stream`.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -88,6 +90,7 @@ def adopt(
         source=source,
         num_slots=num_slots,
         split=split,
+        surveys=surveys,
     )
     if source == "mapped":
         _check_unchanged(module, placement, scaled)

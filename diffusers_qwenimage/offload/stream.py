@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .placing import place_existing
-from .plan import Source, StreamPlan, make_plan
+from .plan import Source, StreamPlan, Surveys, make_plan
 from .state import Streaming, state_of
 
 
@@ -31,6 +31,7 @@ def stream(
     source: Source = "pinned",
     num_slots: int | None = None,
     split: bool | None = None,
+    surveys: Surveys | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamPlan:
     """Stream the weights of a module's blocks to a device; again with another budget to plan anew.
@@ -55,6 +56,7 @@ def stream(
         split: whether parts of blocks (the modules that they call) come and go instead of whole blocks, which
             takes a third of the memory and works without gradients only; None: where the budget is too small
             for two whole blocks.
+        surveys: as in `plan_stream`.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -75,6 +77,7 @@ def stream(
         source=source,
         num_slots=num_slots,
         split=split,
+        surveys=surveys,
     )
     units = before.disconnect() if before is not None else {}
     Streaming(module, placement, target).start(partial(place_existing, units), progress)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusers_qwenimage.checkpoint import Checkpoint
-from diffusers_qwenimage.offload import Source, StreamPlan, adopt, rest, stream, streamed, unstream
+from diffusers_qwenimage.offload import Source, StreamPlan, Surveys, adopt, rest, stream, streamed, unstream
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
 
 from .needs import (
@@ -28,9 +28,7 @@ from .vram_plan import (
     GIB,
     Parts,
     PipelinePlan,
-    StreamSettings,
     plan_pipeline,
-    text_encoder_settings,
     too_small,
 )
 
@@ -207,8 +205,8 @@ class VramManager:
 
     def _place(self, parts: Parts, plan: PipelinePlan) -> None:
         self._release_vae()
-        self._stream(parts.text_encoder, plan.text_encoder, "text_encoder")
-        self._stream(parts.transformer, plan.transformer, "transformer")
+        self._stream(parts.text_encoder, plan.text_encoder, plan.surveys, "text_encoder")
+        self._stream(parts.transformer, plan.transformer, plan.surveys, "transformer")
         for module in (parts.text_encoder, parts.transformer):
             self._rest(module)
         if hasattr(parts.transformer, "save_memory"):
@@ -219,11 +217,12 @@ class VramManager:
             self._hold_vae(parts.vae)
         _give_cache_back(self.device)
 
-    def _stream(self, module: Any, plan: StreamPlan | None, name: str) -> None:
+    def _stream(
+        self, module: Any, plan: StreamPlan | None, surveys: Mapping[str, Surveys], name: str
+    ) -> None:
         """Place a component as planned: from its files, if it has no weights yet."""
         if module is None or plan is None or _is_placed(module, plan):
             return
-        settings = text_encoder_settings(module) if name == "text_encoder" else StreamSettings()
         total = plan.resident_bytes + plan.streamed_bytes
         with tqdm(
             total=total,
@@ -237,8 +236,7 @@ class VramManager:
                 "device": self.device,
                 "vram_limit": plan.vram_limit,
                 "source": plan.source,
-                "blocks": settings.blocks,
-                "on_call": settings.on_call,
+                "surveys": surveys[name],
                 "progress": lambda done, _: bar.update(done - bar.n),
             }
             if name in self._files:

@@ -15,7 +15,7 @@ are on the device, and each fits the budget. Sizes in bytes.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class PipelinePlan:
         budget: what may be used; None: no limit.
         demand: the largest picture that it was made for.
         transformer, text_encoder: what streams of them; None where there is no such component.
+        surveys: of both, by name, to place them by.
         vae_bytes: weights of the VAE.
         vae_stays: whether they stay on the device.
         adapter_bytes: of LoRA layers, on the device.
@@ -65,6 +66,7 @@ class PipelinePlan:
     demand: Demand
     transformer: StreamPlan | None
     text_encoder: StreamPlan | None
+    surveys: Mapping[str, Surveys] = field(repr=False)
     vae_bytes: int
     vae_stays: bool
     adapter_bytes: int
@@ -111,14 +113,6 @@ class Parts:
     transformer: Any
     text_encoder: Any
     vae: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """Arguments of `stream` and `plan_stream`; None: what they find themselves."""
-
-    blocks: list[str] | None = None
-    on_call: list[str] | None = None
 
 
 def plan_pipeline(
@@ -200,8 +194,8 @@ class _Planner:
         self._frugal = False
         self.save_memory(False)
         self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
-        self._surveys: dict[int, Surveys] = {}
-        self._plans: dict[tuple[int, int | None], StreamPlan] = {}
+        self._surveys: dict[str, Surveys] = {}
+        self._plans: dict[tuple[str, int | None], StreamPlan] = {}
 
     def save_memory(self, enabled: bool = True) -> None:
         """Plan for a transformer that saves memory, if it can: on the fused path."""
@@ -308,38 +302,35 @@ class _Planner:
         return None if least is None else self._transformer(least.smallest_overlapping_bytes)
 
     def _transformer(self, limit: int | None) -> StreamPlan | None:
-        return self._stream_plan(self._parts.transformer, limit, StreamSettings())
+        return self._stream_plan("transformer", limit)
 
     def _text_encoder(self, limit: int | None, *, in_full: bool = True) -> StreamPlan | None:
-        module = self._parts.text_encoder
-        if module is None:
-            return None
-        settings = text_encoder_settings(module)
-        if limit is None and not in_full:
-            limit = weight_bytes(module)  # fits, but need not hold what never runs
-        return self._stream_plan(module, limit, settings)
+        if limit is None and not in_full and self._parts.text_encoder is not None:
+            limit = weight_bytes(self._parts.text_encoder)  # fits, but need not hold what never runs
+        return self._stream_plan("text_encoder", limit)
 
-    def _stream_plan(self, module: Any, limit: int | None, settings: StreamSettings) -> StreamPlan | None:
+    def _stream_plan(self, name: str, limit: int | None) -> StreamPlan | None:
         """A plan within a limit, or the smallest if that is more."""
-        if module is None:
+        if getattr(self._parts, name) is None:
             return None
         if limit is not None:
-            limit = max(limit, self._planned(module, None, settings).smallest_bytes)
-        return self._planned(module, limit, settings)
+            limit = max(limit, self._planned(name, None).smallest_bytes)
+        return self._planned(name, limit)
 
-    def _planned(self, module: Any, limit: int | None, settings: StreamSettings) -> StreamPlan:
-        key = id(module), limit
-        if id(module) not in self._surveys:
-            self._surveys[id(module)] = surveys_of(module, blocks=settings.blocks, on_call=settings.on_call)
-        if key not in self._plans:
-            self._plans[key] = plan_stream(
+    def _planned(self, name: str, limit: int | None) -> StreamPlan:
+        module: Any = getattr(self._parts, name)
+        if name not in self._surveys:
+            take_apart = text_encoder_surveys if name == "text_encoder" else surveys_of
+            self._surveys[name] = take_apart(module)
+        if (name, limit) not in self._plans:
+            self._plans[name, limit] = plan_stream(
                 module,
                 limit,
                 device=self._device,
-                source=self._text_source if module is self._parts.text_encoder else self._source,
-                surveys=self._surveys[id(module)],
+                source=self._text_source if name == "text_encoder" else self._source,
+                surveys=self._surveys[name],
             )
-        return self._plans[key]
+        return self._plans[name, limit]
 
     def _plan(
         self,
@@ -357,6 +348,7 @@ class _Planner:
             demand=self._demand,
             transformer=transformer,
             text_encoder=text,
+            surveys=self._surveys,
             vae_bytes=self._vae_bytes,
             vae_stays=vae_stays,
             adapter_bytes=self._adapters,
@@ -370,13 +362,12 @@ class _Planner:
         )
 
 
-def text_encoder_settings(text_encoder: Any) -> StreamSettings:
-    """Arguments of `stream` for a text encoder: its layers stream, what prompts do not run stays away."""
+def text_encoder_surveys(text_encoder: nn.Module) -> Surveys:
+    """A text encoder taken apart: its layers stream, what prompts do not run stays away."""
     names = dict(text_encoder.named_modules())
-    layers = _layers_name(text_encoder)
     tied = getattr(text_encoder, "all_tied_weights_keys", None) or {}
     aside = [name for name in NOT_RUN if name in names and f"{name}.weight" not in tied]
-    return StreamSettings(blocks=[layers], on_call=aside)
+    return surveys_of(text_encoder, blocks=[_layers_name(text_encoder)], on_call=aside)
 
 
 def language_layers(text_encoder: Any) -> nn.ModuleList:
