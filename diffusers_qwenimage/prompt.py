@@ -59,9 +59,13 @@ class PromptEncoder:
     ) -> list[Tensor]:
         """Embeddings [T_i, width] of each prompt, in the text encoder's type, on `device`.
 
+        Without a text encoder, prompts that were encoded before are still known.
+
         Raises:
-            ValueError: if the tokenizer is not Qwen's, or a prompt is no valid text.
+            ValueError: if the tokenizer is not Qwen's, a prompt is no valid text, or it is not known any more.
         """
+        if text_encoder is None and self._cache:
+            return self._remembered(prompts, device)
         if text_encoder is None or tokenizer is None:
             raise ValueError("This pipeline has no text encoder or no tokenizer; pass prompt_embeds instead.")
         self.check_tokenizer(tokenizer)
@@ -79,6 +83,15 @@ class PromptEncoder:
     def clear(self) -> None:
         """Forget all embeddings."""
         self._cache.clear()
+
+    def _remembered(self, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
+        known = {text: embeds for (text, _, place), embeds in self._cache.items() if place == device}
+        if missing := [text for text in prompts if text not in known]:
+            raise ValueError(
+                f"The text encoder was freed, and {missing[0]!r} is not among the last {len(known)} prompts. Pass "
+                "prompt_embeds, or give the pipeline a text encoder: pipe.register_modules(text_encoder=...)."
+            )
+        return [known[text] for text in prompts]
 
     def _run(
         self, text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device

@@ -109,7 +109,6 @@ def upsampling_weight(weight: Tensor) -> Tensor:
 # 2. Triton
 
 if triton_is_installed():
-
     # What a call asks for are numbers and not constants: one variant for each width and type, compiled once.
     @triton.jit(
         do_not_specialize=[

@@ -1,11 +1,14 @@
-"""The text arguments of a call: checks, and the rule that switches guidance on."""
+"""The text of a call: checks, embeddings, and the rule that switches guidance on."""
 
+import gc
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, PromptEncoder, pad, unpad
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,135 @@ class Text:
     def dtype(self) -> torch.dtype:
         """Type of the embeddings, and so of the latents."""
         return self.prompt[0].dtype
+
+
+class TextMixin:
+    """Text embeddings of a pipeline, for its calls and for its users."""
+
+    _prompt_encoder: PromptEncoder
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = MAX_PROMPT_TOKENS,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text embeddings [prompts * num_images_per_prompt, T, width] and their mask, None if all are text.
+
+        Args:
+            prompt: one or more prompts, if no embeddings are given.
+            device: where to encode.
+            num_images_per_prompt: copies of each prompt, next to each other.
+            prompt_embeds: embeddings made before, [prompts, T, width].
+            prompt_embeds_mask: [prompts, T].
+            max_sequence_length: tokens kept of each prompt.
+        """
+        embeds = self._embed(prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length, device)
+        return pad([sample for sample in embeds for _ in range(num_images_per_prompt)])
+
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of earlier prompts (the last 64 are kept)."""
+        self._prompt_encoder.clear()
+
+    def free_text_encoder(self) -> None:
+        """Give back the memory of the text encoder. The last 64 prompts stay known; others need embeddings.
+
+        Raises:
+            ValueError: with VRAM management on, which keeps the text encoder off the device by itself.
+        """
+        pipe = cast(Any, self)
+        if pipe._vram is not None:
+            raise ValueError(
+                "VRAM management is on and keeps the text encoder off the device when it does not run. Call "
+                "pipe.disable_vram_management() first."
+            )
+        pipe.register_modules(text_encoder=None)
+        gc.collect()  # modules refer to each other in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _encode_text(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        true_cfg_scale: float,
+        prompt_embeds: Tensor | None,
+        prompt_embeds_mask: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_prompt_embeds_mask: Tensor | None,
+        *,
+        num_images_per_prompt: int,
+        max_sequence_length: int,
+    ) -> Text:
+        """Check and encode both prompts; guidance needs a negative prompt and a scale above 1."""
+        check_text("prompt", prompt, prompt_embeds, prompt_embeds_mask, required=True)
+        check_text(
+            "negative_prompt",
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            required=False,
+        )
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        if not 1 <= max_sequence_length <= MAX_PROMPT_TOKENS:
+            raise ValueError(
+                f"max_sequence_length must be between 1 and {MAX_PROMPT_TOKENS}, got {max_sequence_length}."
+            )
+        positive = self._embed(prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length)
+        negative = None
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        if guidance_is_on(true_cfg_scale, has_negative):
+            embeds = self._embed(
+                negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask, max_sequence_length
+            )
+            negative = join_negative(embeds, len(positive))
+        positive, negative = self._as_computed(positive), negative and self._as_computed(negative)
+        return Text(
+            prompt=[sample for sample in positive for _ in range(num_images_per_prompt)],
+            negative=None
+            if negative is None
+            else [sample for sample in negative for _ in range(num_images_per_prompt)],
+            guidance_scale=true_cfg_scale,
+            num_prompts=len(positive),
+        )
+
+    def _as_computed(self, samples: list[Tensor]) -> list[Tensor]:
+        """In the type of the transformer: without `dtype`, diffusers loads it in fp32, but the text encoder
+        in the type that its config names."""
+        dtype: torch.dtype = cast(Any, self).transformer.dtype
+        return samples if dtype.itemsize == 1 else [sample.to(dtype) for sample in samples]
+
+    def _embed(
+        self,
+        prompt: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        max_sequence_length: int,
+        device: torch.device | None = None,
+    ) -> list[Tensor]:
+        pipe = cast(Any, self)
+        device = device or pipe._execution_device
+        if embeds is not None:
+            samples = unpad(embeds.to(device), None if mask is None else mask.to(device))
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+            with pipe._encoding_text():
+                samples = self._prompt_encoder.encode(
+                    pipe.text_encoder, pipe.tokenizer, prompts, device=device
+                )
+        longest = max(sample.shape[0] for sample in samples)
+        if longest > max_sequence_length:
+            logger.warning(
+                "A prompt has %d tokens; the last %d are cut off (max_sequence_length=%d).",
+                longest,
+                longest - max_sequence_length,
+                max_sequence_length,
+            )
+        return [sample[:max_sequence_length] for sample in samples]
 
 
 def check_text(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, *, required: bool) -> None:

@@ -132,3 +132,24 @@ def test_an_exception_in_a_callback_leaves_the_pipeline_usable(both):
     again = ours("a red circle", negative_prompt=" ", generator=generator(), **SIZE).images
     assert np.array_equal(again, expected)
     assert ours.current_timestep is None
+
+
+def test_freed_text_encoder_leaves_its_last_prompts(model_folder):
+    pipe = QwenImagePipeline.from_pretrained(model_folder)
+    arguments = {"prompt": "a red circle", "negative_prompt": " ", **SIZE}
+    expected = pipe(generator=generator(), **arguments).images
+    pipe.free_text_encoder()
+    assert pipe.text_encoder is None
+    assert np.array_equal(pipe(generator=generator(), **arguments).images, expected)
+    with pytest.raises(ValueError, match="'a blue star' is not among the last 2 prompts"):
+        pipe("a blue star", **SIZE)
+    pipe.clear_prompt_cache()
+    with pytest.raises(ValueError, match="pass prompt_embeds instead"):
+        pipe("a red circle", **SIZE)
+
+
+def test_text_encoder_is_not_freed_under_vram_management(model_folder):
+    pipe = QwenImagePipeline.from_pretrained(model_folder)
+    pipe.enable_vram_management(device="cpu")
+    with pytest.raises(ValueError, match="disable_vram_management"):
+        pipe.free_text_encoder()
