@@ -1,6 +1,7 @@
 """Streaming at the true size (60 blocks, random weights): time and memory of a guided step for budgets.
 
-    python benchmarks/offload.py [--budgets 32 24 12 8 2 0.8] [--kind fp8 --kind-budgets 24 12 1.4] [--peers]
+    python benchmarks/offload.py [--budgets 32 24 12 8 2 0.8] [--kind fp8 --kind-budgets 24 12 1.4]
+        [--peers diffsynth group_offload]
 
 A step is both branches of the guidance in one pass, 1328x1328, 128 and 10 text tokens, modulation tabulated.
 The budget (GiB) holds for weights and activations: the process may not take more from the device
@@ -34,7 +35,7 @@ from offload_model import (
     synchronize,
     timed,
 )
-from offload_peers import measure_peers
+from offload_peers import PEERS, measure_peers
 from results import RESULTS, record
 from torch import Tensor
 
@@ -46,7 +47,7 @@ from diffusers_qwenimage.quantize import quantize_
 
 SPARE = 350 * 2**20  # what the allocator may lose between pieces of other sizes
 GUESS = 850 * 2**20  # of what a step needs beside the weights
-FRUGAL_SPARE, FRUGAL_GUESS = 36 * 2**20, 300 * 2**20  # the same with `save_memory()`
+FRUGAL_SPARE, FRUGAL_GUESS = 0.045, 296 * 2**20  # the same with `save_memory()`, a share and bytes
 RETRY = 64 * 2**20  # less for weights where memory did not suffice
 Note = Callable[..., None]
 
@@ -61,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--kind", help="then quantise: fp8, int8 or fp8-storage")
     parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 12, 1.4], help="GiB, then")
-    parser.add_argument("--peers", action="store_true", help="DiffSynth-Studio and diffusers in bf16")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="others, in bf16")
     parser.add_argument("--rows", action="store_true", help="products of fewer rows, bit for bit")
     parser.add_argument("--link", action="store_true", help="rates of pinning and of the link")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
@@ -103,7 +104,7 @@ def main() -> None:
     if args.peers:
         prefix = "bf16"
         unstream(model, device="meta")
-        measure_peers(weights, setting, note)
+        measure_peers(args.peers, weights, setting, note)
 
 
 def quantise(model: QwenImageTransformer2DModel, kind: str, device: torch.device, note: Note) -> None:
@@ -136,7 +137,7 @@ def measure_budgets(
         limit = int(budget * GIB) - GUESS - SPARE
         frugal = limit < blocks.smallest_overlapping_bytes
         if frugal:
-            limit = int(budget * GIB) - FRUGAL_GUESS - FRUGAL_SPARE
+            limit = int(budget * GIB * (1 - FRUGAL_SPARE)) - FRUGAL_GUESS
         model.save_memory(frugal)
         label = f"budget {budget:g} GiB" + (", saving memory" if frugal else "")
         result = None

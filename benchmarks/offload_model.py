@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,18 +122,19 @@ def pinned_in_place(module: nn.Module, device: torch.device) -> Iterator[None]:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in module.parameters()
     }
-    pinned = []
+    large = [item for item in storages.items() if device.type == "cuda" and item[1].nbytes() >= 2**20]
+
+    def pin(item: tuple[int, Any]) -> None:
+        address, storage = item
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), 0)))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(pin, large))
     try:
-        for address, storage in storages.items():
-            if device.type == "cuda" and storage.nbytes() >= 2**20:
-                torch.cuda.check_error(
-                    int(torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), 0))
-                )
-                pinned.append(address)
         yield
     finally:
         synchronize(device)
-        for address in pinned:
+        for address, _ in large:
             torch.cuda.cudart().cudaHostUnregister(address)
 
 

@@ -6,7 +6,7 @@ in every step.
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -29,14 +29,14 @@ from training_peers import diffsynth_module
 Note = Callable[..., None]
 
 
-def measure_peers(weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
-    """Both, over the tensors of ours, by name, in host memory."""
-    for peer in (measure_diffsynth, measure_group_offload):
+def measure_peers(names: Sequence[str], weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
+    """Some of `PEERS`, over the tensors of ours, by name, in host memory."""
+    for name in names:
         empty_cache(setting.device)
         try:
-            peer(weights, setting, note)
+            PEERS[name](weights, setting, note)
         except (ValueError, RuntimeError) as error:
-            print(f"{peer.__name__}: {error}")
+            print(f"{name}: {error}")
 
 
 def measure_diffsynth(weights: dict[str, Tensor], setting: Setting, note: Note) -> None:
@@ -138,3 +138,6 @@ def measure(name: str, step: Callable[[], Tensor], setting: Setting, note: Note,
         step()
     milliseconds = timed(step, setting.device, 1)
     note(f"{name}, step", milliseconds, "ms", peaks(setting.device)[0] / GIB)
+
+
+PEERS = {"diffsynth": measure_diffsynth, "group_offload": measure_group_offload}

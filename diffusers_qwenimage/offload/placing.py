@@ -147,9 +147,12 @@ def _place_streamed(
     if not members:
         return None
     slab = memory.slab(layout.num_bytes)
+    from_device = any(member.tensor.is_cuda for member in members)
+    if from_device:  # to pages that are pinned it copies several times as fast
+        slab = memory.pin(slab)
     for member, view in zip(members, layout.views(slab.tensor), strict=True):
         view.copy_(member.tensor.detach())
-    unit = unit_of(name, members, layout, memory.pin(slab))
+    unit = unit_of(name, members, layout, slab if from_device else memory.pin(slab))
     for member, home in zip(members, unit.homes, strict=True):
         member.tensor.data = home
     progress.add(layout.num_bytes)
