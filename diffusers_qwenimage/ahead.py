@@ -1,4 +1,4 @@
-"""Kernels compiled before they are called, several at a time.
+"""Kernels compiled before they are called, several at a time; libraries loaded by small first calls.
 
 Triton compiles a variant of a kernel when it is called for the first time on a machine, with a compiler, an
 assembler and, in some of its versions, a C compiler as processes of their own: a third of a second to two
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .graphs import ModelCall, forward
 from .kernels import backend
 from .transformer import QwenImageTransformer2DModel
 from .vae import AutoencoderKLQwenImage
@@ -67,6 +68,32 @@ def finish(compiling: "Iterable[Future[None]]") -> None:
     for future in futures:
         if error := future.exception():
             logger.info("A kernel was not compiled ahead: %s", error)
+
+
+@torch.no_grad()
+def call_once(transformer: QwenImageTransformer2DModel, vae: Any) -> None:
+    """A guided step of a tiny picture and its decoding: libraries load and models are laid out at a first call.
+
+    Nothing is done with the result. The autoencoder is left out where it is on another device.
+    """
+    device, dtype, config = transformer.img_in.weight.device, transformer.dtype, transformer.config
+    kind = torch.zeros(1, dtype=torch.long, device=device) if config.use_additional_t_cond else None
+    table = transformer.tabulate_modulation(
+        torch.ones(1, device=device, dtype=dtype), dtype=dtype, additional_t_cond=kind
+    )
+    side = 4
+    lengths = (8, 4)
+    call = ModelCall(
+        hidden_states=torch.zeros(len(lengths), side * side, config.in_channels, device=device, dtype=dtype),
+        text=[torch.zeros(n, config.joint_attention_dim, device=device, dtype=dtype) for n in lengths],
+        timestep=torch.ones(len(lengths), device=device, dtype=dtype),
+        image_shapes=[(1, side, side)],
+        kind=None if kind is None else kind.expand(len(lengths)),
+        modulation=table.at(0),
+    )
+    forward(transformer, call)
+    if isinstance(vae, AutoencoderKLQwenImage) and vae.device == device:
+        vae.decode(torch.zeros(1, vae.config.z_dim, 1, 2 * side, 2 * side, device=device, dtype=vae.dtype))
 
 
 def _compiles(device: torch.device) -> bool:

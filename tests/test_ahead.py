@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from components import transformers, vaes
 from fused_cases import needs_triton
 
-from diffusers_qwenimage.ahead import compile_autoencoder, compile_transformer, finish
+from diffusers_qwenimage.ahead import call_once, compile_autoencoder, compile_transformer, finish
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
@@ -85,6 +86,18 @@ def test_nothing_is_compiled_without_a_gpu():
     assert compile_autoencoder(vae, cpu) == [] and compile_transformer(model, cpu) == []
     assert compile_autoencoder(None, cpu) == [] and compile_transformer(torch.nn.Linear(1, 1), cpu) == []
     finish([])
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_layer3d_rope": True, "use_additional_t_cond": True}, {"zero_cond_t": True}]
+)
+def test_one_call_of_every_family(kind):
+    model, vae = transformers(**kind)[0], vaes()[0]
+    counted = []
+    for module in (model.proj_out, vae.decoder.conv_out):
+        module.register_forward_hook(lambda *_: counted.append(1))
+    call_once(model, vae)
+    assert len(counted) == 2
 
 
 @pytest.mark.gpu

@@ -11,8 +11,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from diffusers_qwenimage.ahead import compile_both, finish
-from diffusers_qwenimage.graphs import LAUNCH_BOUND, graphs_of
+from diffusers_qwenimage.ahead import call_once, compile_both, finish
+from diffusers_qwenimage.graphs import LAUNCH_BOUND, graphs_of, signature_of
 from diffusers_qwenimage.kernels import backend
 from diffusers_qwenimage.step_cache import ForecastCache
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
@@ -81,7 +81,8 @@ class SpeedMixin:
         """Choose for this machine what makes the pipeline fast, set it, and say what was chosen and why.
 
         Call it after `.to(device)` and before LoRAs are loaded or weights streamed. The transformer's weights
-        are frozen. Without arguments all of it is exact to rounding.
+        are frozen. Without arguments all of it is exact to rounding. On a GPU, kernels are compiled and libraries
+        loaded here, so that the first picture takes as long as the next ones.
 
         Args:
             weights: "fp8", "int8" or "fp8-storage" quantises the transformer; None keeps its type.
@@ -114,7 +115,8 @@ class SpeedMixin:
             name = f"{type(transformer).__module__}.{type(transformer).__qualname__}"
             chosen.add("transformer", "as it is", f"it is a {name}, not the package's own")
         _choose_autoencoder(pipe.vae, chosen)
-        _compile(transformer, pipe.vae, chosen)
+        if isinstance(transformer, QwenImageTransformer2DModel):
+            _warm_up(pipe, chosen)
         self.enable_step_cache(step_cache) if step_cache is not None else self.disable_step_cache()
         chosen.add(
             "step cache",
@@ -313,16 +315,23 @@ def _choose_graphs(transformer: QwenImageTransformer2DModel, mode: str, chosen: 
         )
 
 
-def _compile(transformer: Any, vae: Any, chosen: Choices) -> None:
-    """Compile the kernels now, and not in the first picture."""
-    device = next(transformer.parameters()).device
+def _warm_up(pipe: Any, chosen: Choices) -> None:
+    """Compile kernels and load libraries now, and not in the first picture."""
+    transformer: QwenImageTransformer2DModel = pipe.transformer
+    device = transformer.img_in.weight.device
+    if device.type != "cuda" or signature_of(transformer) is None:  # hooks may move weights
+        return
     start = time.perf_counter()
-    compiling = compile_both(transformer, vae, device)
-    if compiling:
-        finish(compiling)
-        seconds = time.perf_counter() - start
-        reason = f"in {seconds:.1f} s; Triton keeps them on disk for later processes"
-        chosen.add("compiling", f"{len(compiling)} kernels", reason)
+    compiling = compile_both(transformer, pipe.vae, device)
+    finish(compiling)
+    compiled = time.perf_counter()
+    call_once(transformer, pipe.vae)
+    if pipe.text_encoder is not None and pipe.text_encoder.device == device:
+        pipe.encode_prompt(" ")  # the usual negative prompt: it is remembered
+    torch.cuda.synchronize(device)
+    end = time.perf_counter()
+    reason = f"{compiled - start:.1f} s (on disk for next time), first calls in {end - compiled:.1f} s"
+    chosen.add("warm-up", "done", f"{len(compiling)} kernels compiled in {reason}")
 
 
 def _choose_autoencoder(vae: Any, chosen: Choices) -> None:
