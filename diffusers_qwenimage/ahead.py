@@ -72,7 +72,7 @@ def finish(compiling: "Iterable[Future[None]]") -> None:
 
 @torch.no_grad()
 def call_once(transformer: QwenImageTransformer2DModel, vae: Any) -> None:
-    """A guided step of a tiny picture and its decoding: libraries load and models are laid out at a first call.
+    """A guided step of a tiny picture, and its decoding: what libraries load and models lay out at first.
 
     Nothing is done with the result. The autoencoder is left out where it is on another device.
     """

@@ -81,8 +81,8 @@ class SpeedMixin:
         """Choose for this machine what makes the pipeline fast, set it, and say what was chosen and why.
 
         Call it after `.to(device)` and before LoRAs are loaded or weights streamed. The transformer's weights
-        are frozen. Without arguments all of it is exact to rounding. On a GPU, kernels are compiled and libraries
-        loaded here, so that the first picture takes as long as the next ones.
+        are frozen. Without arguments all of it is exact to rounding. On a GPU, kernels are compiled and
+        libraries loaded here, so that the first picture takes about as long as the next ones.
 
         Args:
             weights: "fp8", "int8" or "fp8-storage" quantises the transformer; None keeps its type.
