@@ -25,7 +25,7 @@ from transformer_model import (
     recorded,
     with_table,
 )
-from transformer_peers import EAGER, PEERS, compare_peers, compare_step_caches, forwards_of
+from transformer_peers import EAGER, PEERS, Peers, compare_peers, compare_step_caches
 from transformer_variants import KINDS, compare_lora, compare_quantized, measure_launch, measure_modulation
 
 from diffusers_qwenimage import fused
@@ -122,7 +122,7 @@ def main() -> None:
 def measure_error(device: str, note: Note, *, blocks: int, heads: int, side: int) -> None:
     """Distance to the same model in fp32, for diffusers, our plain path and our fused path in bf16."""
     ours, stock = build(blocks, device, heads)
-    peers = {name: forward for name, forward in forwards_of(ours, EAGER) if name != "diffusers"}
+    peers = dict(Peers(ours).forwards(EAGER[1:]))
     for case, inputs in (("forward", inputs_of(ours, side)), ("packed", guidance_inputs(ours, side)[0])):
         results = {"fused path": ours(**inputs)[0]}
         with use_backend("off"):

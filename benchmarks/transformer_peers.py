@@ -14,7 +14,7 @@ from arms import Arms, Note, compare, first, relative, timed
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from training_peers import diffsynth_module, over_weights_of, stock_of
-from transformer_model import inputs_of, over_the_same, with_table
+from transformer_model import inputs_of, over_the_same, recorded, with_table
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
 from diffusers_qwenimage.projections import fuse_
@@ -23,6 +23,9 @@ from diffusers_qwenimage.quantize import quantize_
 Forward = Callable[..., Any]
 # Of diffusers' registry; the first is what it takes by itself.
 ATTENTION = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "sage")
+EAGER = ("diffusers, quickest attention", "DiffSynth-Studio", "diffusers + torchao float8")
+COMPILED = ("diffusers, compiled", "diffusers + torchao float8, compiled")
+PEERS = (*EAGER, *COMPILED)
 MISSING = (ImportError, ValueError, RuntimeError, NotImplementedError, AssertionError)
 
 
@@ -31,140 +34,153 @@ def compare_peers(
 ) -> None:
     """One forward of one picture by each of the peers, and by ours in bf16 and in fp8.
 
-    The first call of a peer is noted too, in seconds: what is compiled is compiled in it.
+    Those that compile come last, in turn with ours once more. The first call of a peer is noted too, in
+    seconds: what is compiled is compiled in it.
     """
     one = inputs_of(ours, side)
+    peers = Peers(ours)
+    with torch.no_grad():
+        mine = _our_arms(ours, one)
+        expected: Tensor | None = None
+        for names in (("diffusers", *(name for name in wanted if name in EAGER)), COMPILED):
+            group = f"{side}x{side} forward beside {'eager' if 'diffusers' in names else 'compiled'} peers"
+            arms: Arms = dict(mine)
+            for name, forward in peers.forwards([name for name in names if name in ("diffusers", *wanted)]):
+                arm = functools.partial(forward, **one)
+                try:
+                    seconds, (got, *_) = first(arm)
+                except MISSING as error:
+                    skip(name, error)
+                    continue
+                expected = got if expected is None else expected
+                note(f"{group}, {name}: first call", seconds, "s")
+                note(f"{group}, {name}: relative difference to diffusers", relative(got, expected), "")
+                arms[name] = arm
+            if len(arms) > len(mine):
+                compare(arms, repeats, note, group)
+
+
+def _our_arms(ours: QwenImageTransformer2DModel, one: dict[str, Any]) -> Arms:
+    """bf16 and fp8; fp8 as a CUDA graph too, which pipelines record where launching takes the time."""
     quantized = over_the_same(ours)
     quantize_(quantized, "fp8")
     fuse_(quantized)
-    case = f"{side}x{side} forward beside all peers"
-    with torch.no_grad():
-        arms: Arms = {
-            "ours, modulation tabulated": with_table(ours, one),
-            "ours, fp8, modulation tabulated": with_table(quantized, one),
+    tabulated = with_table(quantized, one)
+    arms: Arms = {
+        "ours, modulation tabulated": with_table(ours, one),
+        "ours, fp8, modulation tabulated": tabulated,
+    }
+    if recording := recorded(tabulated):
+        arms["ours, fp8, modulation tabulated, CUDA graph"] = recording[0].replay
+    return arms
+
+
+class Peers:
+    """What computes the transformer of ours besides, over its weights; made when it is asked for.
+
+    A forward takes the arguments of diffusers' forward.
+    """
+
+    def __init__(self, ours: QwenImageTransformer2DModel) -> None:
+        self._ours = ours
+        self._makers: dict[str, Callable[[], Forward]] = {
+            "diffusers": lambda: self._eager,
+            "diffusers, quickest attention": self._quickest_attention,
+            "DiffSynth-Studio": self._diffsynth,
+            "diffusers + torchao float8": lambda: self._float8,
+            # From here on these two are no longer eager.
+            "diffusers, compiled": lambda: _compiled(self._eager),
+            "diffusers + torchao float8, compiled": lambda: _compiled(self._float8),
         }
-        expected: Tensor | None = None
-        for name, forward in forwards_of(ours, ("diffusers", *wanted)):
-            arm = functools.partial(forward, **one)
+
+    def forwards(self, names: Sequence[str]) -> Iterator[tuple[str, Forward]]:
+        """Those of these names that can be made here."""
+        for name in names:
             try:
-                seconds, (got, *_) = first(arm)
+                yield name, self._makers[name]()
             except MISSING as error:
                 skip(name, error)
-                continue
-            expected = got if expected is None else expected
-            note(f"{case}, {name}: first call", seconds, "s")
-            note(f"{case}, {name}: relative difference to diffusers", relative(got, expected), "")
-            arms[name] = arm
-        compare(arms, repeats, note, case)
+
+    @functools.cached_property
+    def _eager(self) -> Any:
+        return stock_of(self._ours).eval()
+
+    def _quickest_attention(self) -> Forward:
+        """diffusers with the attention that is quickest at 1024x1024, of two runs each."""
+        model, inputs = self._eager, inputs_of(self._ours, 1024 if torch.cuda.is_available() else 32)
+        times = {}
+        for name in ATTENTION:
+            try:
+                with attention_backend(name), torch.no_grad():
+                    times[name] = min(timed(lambda: model(**inputs), 2))
+            except MISSING as error:
+                skip(f"diffusers, attention {name}", error)
+        quickest = min(times, key=lambda name: times[name])
+        print(f"diffusers' attention at 1024x1024, ms: {times}; quickest: {quickest}", flush=True)
+
+        def forward(**arguments: Any) -> Any:
+            with attention_backend(quickest):
+                return model(**arguments)
+
+        return forward
+
+    @functools.cached_property
+    def _float8(self) -> Any:
+        """diffusers with all linear layers of the blocks, but the modulation, in torchao's float8."""
+        from torchao.quantization import (  # type: ignore[import-not-found,unused-ignore]
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+        )
+        from torchao.quantization import quantize_ as torchao_quantize_
+
+        def is_block_layer(module: nn.Module, name: str) -> bool:
+            is_modulation = "img_mod." in name or "txt_mod." in name
+            return isinstance(module, nn.Linear) and name.startswith("transformer_b") and not is_modulation
+
+        # Inductor's exhaustive search, which torchao would switch on, takes minutes for these blocks.
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        model = stock_of(self._ours).eval()
+        torchao_quantize_(model, config, filter_fn=is_block_layer)
+        return model
+
+    def _diffsynth(self) -> Forward:
+        """DiffSynth-Studio's class; the loop over blocks is that of its `model_fn_qwen_image`."""
+        ours = self._ours
+        if ours.inner_dim != 3072:
+            raise ValueError("DiffSynth-Studio's class has a fixed width of 3072.")
+        with torch.device("meta"):
+            model = diffsynth_module("models.qwen_image_dit").QwenImageDiT(num_layers=ours.config.num_layers)
+        model.pos_embed = type(model.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
+        model = over_weights_of(ours, model.to(ours.dtype)).eval()
+
+        def forward(
+            *,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            timestep: Tensor,
+            img_shapes: Any,
+            **_: Any,
+        ) -> tuple[Tensor]:
+            lengths = [encoder_hidden_states.shape[1]] * len(encoder_hidden_states)
+            image, text = model.img_in(hidden_states), model.txt_in(model.txt_norm(encoder_hidden_states))
+            conditioning = model.time_text_embed(timestep.to(image.dtype), image.dtype)
+            tables = model.pos_embed(list(img_shapes[0]), lengths, device=image.device)
+            for block in model.transformer_blocks:
+                text, image = block(image=image, text=text, temb=conditioning, image_rotary_emb=tables)
+            return (model.proj_out(model.norm_out(image, conditioning)),)
+
+        return forward
 
 
-def forwards_of(ours: QwenImageTransformer2DModel, names: Sequence[str]) -> Iterator[tuple[str, Forward]]:
-    """The peers that can be made here, by name; they take the arguments of diffusers' forward."""
-    for name in names:
-        try:
-            yield name, MAKERS[name](ours)
-        except MISSING as error:
-            skip(name, error)
+def _compiled(model: Any) -> Forward:
+    """Regional compilation, as diffusers recommends it: one graph for all blocks."""
+    model.compile_repeated_blocks()
+    return functools.partial(model)
 
 
 def skip(name: str, error: Exception) -> None:
     """Say which peer is missing, and why."""
     print(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
-
-
-def _stock(ours: QwenImageTransformer2DModel) -> Any:
-    return stock_of(ours).eval()
-
-
-def _quickest_attention(ours: QwenImageTransformer2DModel) -> Forward:
-    """diffusers with the attention that is quickest at 1024x1024, two runs each."""
-    model, inputs = _stock(ours), inputs_of(ours, 1024 if torch.cuda.is_available() else 32)
-    times = {}
-    for name in ATTENTION:
-        try:
-            with attention_backend(name), torch.no_grad():
-                times[name] = min(timed(lambda: model(**inputs), 2))
-        except MISSING as error:
-            skip(f"diffusers, attention {name}", error)
-    quickest = min(times, key=lambda name: times[name])
-    print(f"diffusers' attention at 1024x1024, ms: {times}; quickest: {quickest}", flush=True)
-
-    def forward(**arguments: Any) -> Any:
-        with attention_backend(quickest):
-            return model(**arguments)
-
-    return forward
-
-
-def _compiled(ours: QwenImageTransformer2DModel) -> Forward:
-    model = _stock(ours)
-    model.compile_repeated_blocks()
-    return _as_forward(model)
-
-
-def _float8(ours: QwenImageTransformer2DModel) -> Any:
-    """diffusers with all linear layers of the blocks, but the modulation, in torchao's float8."""
-    from torchao.quantization import (  # type: ignore[import-not-found,unused-ignore]
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-    )
-    from torchao.quantization import quantize_ as torchao_quantize_
-
-    def is_block_layer(module: nn.Module, name: str) -> bool:
-        return (
-            isinstance(module, nn.Linear) and name.startswith("transformer_blocks.") and "_mod." not in name
-        )
-
-    # Inductor's exhaustive search, which torchao would switch on, takes minutes for these blocks.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    model = _stock(ours)
-    torchao_quantize_(model, config, filter_fn=is_block_layer)
-    return model
-
-
-def _float8_compiled(ours: QwenImageTransformer2DModel) -> Forward:
-    model = _float8(ours)
-    model.compile_repeated_blocks()
-    return _as_forward(model)
-
-
-def _diffsynth(ours: QwenImageTransformer2DModel) -> Forward:
-    """DiffSynth-Studio's class; the loop over blocks is that of its `model_fn_qwen_image` for one picture."""
-    if ours.inner_dim != 3072:
-        raise ValueError("DiffSynth-Studio's class has a fixed width of 3072.")
-    with torch.device("meta"):
-        model = diffsynth_module("models.qwen_image_dit").QwenImageDiT(num_layers=ours.config.num_layers)
-    model.pos_embed = type(model.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    model = over_weights_of(ours, model.to(ours.dtype)).eval()
-
-    def forward(
-        *, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, img_shapes: Any, **_: Any
-    ) -> tuple[Tensor]:
-        lengths = [encoder_hidden_states.shape[1]] * len(encoder_hidden_states)
-        image, text = model.img_in(hidden_states), model.txt_in(model.txt_norm(encoder_hidden_states))
-        conditioning = model.time_text_embed(timestep.to(image.dtype), image.dtype)
-        tables = model.pos_embed(list(img_shapes[0]), lengths, device=image.device)
-        for block in model.transformer_blocks:
-            text, image = block(image=image, text=text, temb=conditioning, image_rotary_emb=tables)
-        return (model.proj_out(model.norm_out(image, conditioning)),)
-
-    return forward
-
-
-def _as_forward(model: Any) -> Forward:
-    return lambda **arguments: model(**arguments)
-
-
-MAKERS: dict[str, Callable[[QwenImageTransformer2DModel], Forward]] = {
-    "diffusers": lambda ours: _as_forward(_stock(ours)),
-    "diffusers, quickest attention": _quickest_attention,
-    "DiffSynth-Studio": _diffsynth,
-    "diffusers + torchao float8": lambda ours: _as_forward(_float8(ours)),
-    "diffusers, compiled": _compiled,
-    "diffusers + torchao float8, compiled": _float8_compiled,
-}
-PEERS = tuple(MAKERS)[1:]
-EAGER = ("diffusers + torchao float8", "DiffSynth-Studio")
 
 
 @torch.no_grad()
@@ -177,7 +193,7 @@ def compare_step_caches(
     the number of steps that it finds alike says nothing about pictures.
     """
     one = inputs_of(ours, side)
-    stock = _stock(ours)
+    stock = stock_of(ours).eval()
     tables = ours.tabulate_modulation(_sigmas(num_steps, ours.device)[:-1].bfloat16(), dtype=torch.bfloat16)
 
     def tabulated(step: int, **arguments: Any) -> Any:
@@ -206,7 +222,7 @@ def _with_cache_dit(
     """A run with cache-dit: the latents, and how many steps came from the cache."""
     import cache_dit  # type: ignore[import-not-found,unused-ignore]
 
-    model = _stock(ours)
+    model = stock_of(ours).eval()
     config = cache_dit.DBCacheConfig(num_inference_steps=num_steps, enable_separate_cfg=False)
     cache_dit.enable_cache(model, cache_config=config)
 
