@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 from arms import GIB, synchronize
-from end_to_end_arms import ARMS, Draw, embedded_weights, random_weights
+from end_to_end_arms import ARMS, Draw, Weights, embedded_weights, random_weights
 from results import RESULTS, record
 
 from diffusers_qwenimage.kernels import set_backend
@@ -122,23 +122,12 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
     measured = [Case(side, steps, args) for side, steps in cases]
     draws: dict[str, Draw] = {}
     for name in args.arms:
-        synchronize()
-        start = time.perf_counter()
         try:
-            draws[name] = ARMS[name](weights)
+            draws[name] = first_pictures(name, weights, measured)
         except ImportError as error:
             print(f"{name}: left out, {error}", flush=True)
-            continue
-        synchronize()
-        seconds = time.perf_counter() - start
-        measured[0].note(f"{name}: building the pipeline from modules on the device", seconds, "s")
-        try:
-            for case in measured:
-                case.draw(name, draws[name], stages="first")
-                case.draw(name, draws[name], stages="second")
         except Exception:  # a peer's failure must not hide the figures of the others
             traceback.print_exc()
-            del draws[name]
             for case in measured:
                 case.times.pop(name, None)
                 case.pictures.pop(name, None)
@@ -148,6 +137,20 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
                 case.draw(name, draws[name])
     for case in measured:
         case.report()
+
+
+def first_pictures(name: str, weights: Weights, measured: list[Case]) -> Draw:
+    """Build an arm and draw the first two pictures of every case."""
+    synchronize()
+    start = time.perf_counter()
+    draw = ARMS[name](weights)
+    synchronize()
+    seconds = time.perf_counter() - start
+    measured[0].note(f"{name}: building the pipeline from modules on the device", seconds, "s")
+    for case in measured:
+        for stage in ("first", "second"):
+            case.draw(name, draw, stages=stage)
+    return draw
 
 
 def age() -> float:

@@ -230,7 +230,7 @@ def _assembled(package: Any, weights: Weights, transformer: Any, vae: Any) -> An
         transformer=transformer,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(weights.device)  # ours starts compiling here
 
 
 def _draw(pipe: Any) -> Draw:
