@@ -1,4 +1,4 @@
-"""Fused operations of the transformer for NVIDIA GPUs.
+"""Fused operations of the transformer and the autoencoder for NVIDIA GPUs.
 
 Each file holds one subject: the reference in plain torch, which says what is computed and serves every
 other device, the Triton kernel, and the public operation. The files import Triton, this one does not.
@@ -8,6 +8,10 @@ other device, the Triton kernel, and the public operation. The files import Trit
 | norm.py | gate + residual + LayerNorm + modulation in one pass over the tokens |
 | rope.py | RMSNorm of queries and keys + rotary positions, in place in a joint [text; image] buffer |
 | matmul.py | linear layers written into given memory, with GELU at the end of the matrix product |
+| rows.py, quantized.py, int8.py | values in 8 bits: their meaning, quantising, products |
+| norm_backward.py, rope_backward.py, attention_backward.py | gradients |
+| vae_norm.py, vae_attention.py | the autoencoder's norms with what is added before, and its one wide head |
+| launch.py | how all of them are launched |
 """
 
 from collections.abc import Iterator
