@@ -1,6 +1,8 @@
 """From files to the first step at true size, beside only reading the files; and the host memory it takes.
 
-    python benchmarks/loading.py [--folder /dev/shm/model] [--vram 12] [--rates] [--profile]
+    python benchmarks/loading.py [--folder /dev/shm/model] [--vram 12] [--stream-from mapped pinned] [--rates]
+
+What does not fit the budget streams from the mapped files, or from pinned memory into which it is read first.
 
 The files (57 GB, random weights, written here if they are not there) lie in memory, so that what is measured
 is not a disk. Reading them once is measured three times: by as many threads as loading has into memory of its
@@ -15,8 +17,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--vram", type=float, default=12.0, help="budget in GiB (12)")
     parser.add_argument("--weights", default="bf16", help="bf16, fp8, int8 (bf16)")
     parser.add_argument("--side", type=int, default=1328, help="of the picture (1328)")
+    parser.add_argument("--stream-from", nargs="+", default=["mapped", "pinned"], help="(mapped pinned)")
     parser.add_argument("--rates", action="store_true", help="how fast host memory is filled and pinned")
     parser.add_argument("--profile", action="store_true", help="print where the time of loading goes")
     args = parser.parse_args()
@@ -70,8 +74,11 @@ def main() -> None:
     if not (args.folder / "model_index.json").is_file():
         write_model(args.folder, args.blocks, args.layers)
     try:
-        total = measure_loading(args, note)
-        measure_reading(args.folder, total, note)
+        totals: dict[str, float] = {}
+        for source in args.stream_from:
+            name = f"{source}, kernels compiled before" if totals else source
+            totals[name] = measure_loading(args, source, partial(note_of, note, name))
+        measure_reading(args.folder, totals, note)
     finally:
         if not args.keep:
             shutil.rmtree(args.folder)
@@ -79,10 +86,14 @@ def main() -> None:
         measure_rates(torch.device(args.device), note)
 
 
-def measure_loading(args: argparse.Namespace, note: Note) -> float:
+def note_of(note: Note, group: str, name: str, value: float, unit: str) -> None:
+    """Record a row of a group."""
+    note(f"{group}, {name}", value, unit)
+
+
+def measure_loading(args: argparse.Namespace, source: str, note: Note) -> float:
     """From files to the first step; returns the seconds."""
-    on_gpu = args.device == "cuda"
-    if on_gpu:
+    if args.device == "cuda":
         torch.cuda.mem_get_info()  # CUDA's own start
     before = own_memory()
     with HostWatch() as host, StackWatch() as profile:
@@ -92,6 +103,7 @@ def measure_loading(args: argparse.Namespace, note: Note) -> float:
             str(args.folder),
             vram_limit=args.vram,
             weights=args.weights,
+            stream_from=source,
             device=args.device,
             demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
         )
@@ -117,6 +129,7 @@ def measure_loading(args: argparse.Namespace, note: Note) -> float:
     times = take_steps(pipe, args)
     note("encoding both prompts", times[0] - start, "s")
     note("tabulating the modulation and a step", times[1] - times[0], "s")
+    pipe.disable_vram_management("meta")
     del pipe
     gc.collect()
     return total
@@ -150,8 +163,8 @@ def take_steps(pipe: Any, args: argparse.Namespace) -> list[float]:
     return times
 
 
-def measure_reading(folder: Path, loading: float, note: Note) -> None:
-    """Reading what was read, and nothing else; `loading` seconds beside it."""
+def measure_reading(folder: Path, loading: Mapping[str, float], note: Note) -> None:
+    """Reading what was read, and nothing else; `loading` seconds beside it, by where weights stream from."""
     pieces = pieces_of(folder)
     size = sum(piece[2] for piece in pieces)
     note("bytes of the files that are needed", size / 1e9, "GB")

@@ -24,7 +24,8 @@ from diffusers_qwenimage.quantize import KINDS, quantize_
 PLAIN = ("bf16", "fp16", "fp32")
 WEIGHTS = (*PLAIN, *KINDS)  # what `weights=` can be
 PLAIN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ARGUMENTS = ("vram_limit", "vram_buffer", "weights", "device")  # of `from_pretrained`, that lead here
+# Of `from_pretrained`, those that lead here.
+ARGUMENTS = ("vram_limit", "vram_buffer", "weights", "device", "stream_from")
 
 
 @dataclass(frozen=True, kw_only=True)

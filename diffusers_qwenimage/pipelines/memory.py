@@ -197,6 +197,7 @@ class DiffusersVramMixin(VramManagementMixin):
         vram_limit: float | None = None,
         vram_buffer: float = 0.5,
         weights: str | None = None,
+        stream_from: Source | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -206,13 +207,16 @@ class DiffusersVramMixin(VramManagementMixin):
     ) -> Any:
         """Load a pipeline whose weights go from the files to where they will live, once, within a budget.
 
-        What `from_pretrained` does with `vram_limit`, `weights` or `device`.
+        What `from_pretrained` does with `vram_limit`, `weights`, `stream_from` or `device`.
 
         Args:
             source: folder, id, or `modelscope:ORG/NAME`.
             vram_limit, vram_buffer: as of `enable_vram_management`; a limit that cannot be kept is refused.
             weights: "fp8" or "int8": the transformer is quantised on its way. "fp8-storage": kept in fp8,
                 computed with in `dtype`. "bf16", "fp16", "fp32": the type of everything.
+            stream_from: "pinned": what does not fit is copied to pinned host memory first. "mapped": it stays
+                in the files, which must hold it as it is used: nothing but the resident part is read before
+                the first picture, but steps take longer. None: as of `enable_vram_management`.
             device: what to compute on; None: the GPU if there is one.
             dtype: type of the weights; bfloat16 if not given.
             demand: the largest picture to place the weights for; None: the default picture.
@@ -241,7 +245,13 @@ class DiffusersVramMixin(VramManagementMixin):
         target = device_of(name)
         strict = vram_limit is not None and vram_limit > 0
         pipeline._manage(
-            vram_limit, vram_buffer, target=target, strict=strict, files=waiting.files, demand=demand
+            vram_limit,
+            vram_buffer,
+            target=target,
+            strict=strict,
+            source=stream_from,
+            files=waiting.files,
+            demand=demand,
         )
         return pipeline
 

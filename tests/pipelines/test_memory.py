@@ -69,6 +69,9 @@ def test_weights_can_stay_where_they_are(source: str, folder: Path, expected: np
     pipe.enable_vram_management(vram_limit=0, source=source)
     assert pipe.memory_report().components[0].source == source
     assert np.array_equal(draw(pipe), expected)
+    pipe = load(folder, vram_limit=0, stream_from=source, device="cpu")
+    assert pipe.memory_report().components[0].source == source
+    assert np.array_equal(draw(pipe), expected)
 
 
 def test_batches_lists_of_prompts_and_no_guidance(folder: Path) -> None:
