@@ -103,14 +103,14 @@ def main() -> None:
             measure_launch(ours, side, note)
     if wants("graph"):
         compare_graph(ours, small, args.repeats, note)
-    if wants("quantized"):
-        for kind in args.kinds:
-            compare_quantized(ours, kind, args.sizes, args.repeats, note, args.profile)
     if wants("lora"):
         compare_lora(ours, large, args.repeats, note)
     if wants("peers"):
         for side in args.sizes:
             compare_peers(ours, side, args.repeats, note, args.peers)
+    if wants("quantized"):
+        for kind in args.kinds:
+            compare_quantized(ours, kind, args.sizes, args.repeats, note, args.profile)
     if wants("step-cache"):
         compare_step_caches(ours, small, args.steps, args.repeats, note)
     del stock  # it shares the weights: while it lives, offloading ours frees nothing

@@ -22,7 +22,7 @@ from . import triton_is_installed
 if triton_is_installed():
     import triton
 
-# `CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, enter, exit, *arguments)`.
+# What `_launch_of` and the calls of its result assume of `CompiledKernel.run`.
 CHECKED_VERSIONS = ("3.6",)
 
 
@@ -54,7 +54,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._variants: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+        self._variants: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
         version = ".".join(triton.__version__.split(".")[:2])
         self._direct = version in CHECKED_VERSIONS and hasattr(kernel, "device_caches")
 
@@ -99,13 +99,13 @@ class Launcher:
             )
             variant = self._variants.get(key)
             if variant is not None:
-                run, function, metadata = variant
+                launch, function, settings = variant
                 stream = torch._C._cuda_getCurrentRawStream(device)
-                run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *constants)
+                launch(*grid, stream, function, *settings, *pointers, *numbers, *constants)
                 return
             if bits & 15 == 0:  # other mixtures of alignments are several variants: left to Triton
                 compiled = self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
-                self._variants[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+                self._variants[key] = _launch_of(compiled)
                 return
         self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
 
@@ -141,6 +141,18 @@ class Launcher:
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
             options = {} if num_stages is None else {"num_stages": num_stages}
             return self._kernel[grid](*moved, *numbers, *constants, num_warps=num_warps, **options)
+
+
+def _launch_of(compiled: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What launches a variant, its function, and the arguments between that and the kernel's own.
+
+    `CompiledKernel.run` is a Python object around a C function. What it adds is memory that some kernels ask
+    for; ours do not, and call the C function.
+    """
+    run, settings = compiled.run, (compiled.packed_metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size:
+        return run, compiled.function, settings
+    return run.launch, compiled.function, (run.launch_cooperative_grid, run.launch_pdl, None, None, *settings)
 
 
 def _current_device() -> int:

@@ -156,7 +156,7 @@ def _quantizing(
     parts = 3 if width == 3 * third and power_of_2(third) == third >= max(target.rotation, 256) else 1
     block = third if parts == 3 else power_of_2(width)
     constants = (stride, width, block, parts, with_gelu, LIMITS[target.dtype], target.rotation)
-    return constants, _num_warps(block * parts)
+    return constants, max(_num_warps(block * parts) // (2 if width <= 4096 else 1), 1)
 
 
 def _num_warps(columns: int) -> int:
