@@ -1,6 +1,6 @@
 """The fused operations one by one, at the sizes of a 1328x1328 picture with 128 text tokens.
 
-    python benchmarks/kernels.py [--results FILE]
+    python benchmarks/kernels.py [--results FILE] [--sweep [forward attention products norm rope]]
 
 First the relative difference of every kernel to its reference, then times against what it replaces. "GB/s"
 counts every input read once and every output written once.
@@ -31,7 +31,15 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to measure (all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
+    parser.add_argument(
+        "--sweep", nargs="*", help="time configurations instead: all, or those of these cases"
+    )
     args = parser.parse_args()
+    if args.sweep is not None:
+        from kernel_sweep import sweep  # not above: transformers imports this file, taking it for a package
+
+        sweep(args.sweep)
+        return
     torch.manual_seed(0)
     set_backend("auto")
     print(backend(torch.device("cuda", 0)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from .hooked import is_hooked, is_idle_dropout, is_only_streamed, is_plain_feed_forward
-from .kernels.matmul import linear_gelu_now, linear_into
+from .kernels.matmul import linear_gelu_now, linear_into, linear_now
 from .kernels.quantized import dequantize, gelu_quantize, scaled_linear
 from .kernels.rows import Rows, Target
 from .projections import joined, project, project_into, project_three_into
@@ -50,10 +50,7 @@ class Layer:
         dense = self._dense(dtype)
         if dense is None:
             return project(x, self.module)
-        weight, bias = dense
-        if bias is None:
-            return torch.mm(x, weight.t())
-        return torch.addmm(bias, x, weight.t())
+        return linear_now(x, *dense)
 
     def into(self, out: Tensor, x: Tensor | Rows) -> None:
         """Write the layer of x into `out` [N, O], rows of any stride."""
@@ -123,7 +120,7 @@ class Trio:
             return
         if scale is not None:
             weight = dequantize(weight, scale, out.dtype, cast(QuantizedLinear, self._modules[0]).rotation)
-        torch.addmm(bias, x, weight.t(), out=out)
+        linear_into(out, x, weight, bias)
 
     def _one_by_one(self, out: Tensor, x: Tensor | Rows) -> None:
         if not isinstance(x, Rows):

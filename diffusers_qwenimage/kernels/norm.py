@@ -118,8 +118,8 @@ if triton_is_installed():
                     shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
             # The next token is on its way while this one is computed.
             ahead = at + step
-            last = tl.where(token + programs < num_tokens, D, 0)  # "&" of block and scalar fails in Triton 3.9
-            is_there = column < last
+            # "&" of block and scalar fails in Triton 3.9.
+            is_there = column < tl.where(token + programs < num_tokens, D, 0)
             x = x_next.to(tl.float32)
             x_next = tl.load(x_ptr + ahead, mask=is_there, other=0.0)
             if HAS_GATE:
