@@ -141,7 +141,12 @@ if triton_is_installed():
         pixel = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         channel = tl.arange(0, BLOCK_C)
         is_channel = channel < C
-        inside = (pixel < num_pixels)[:, None] & is_channel[None, :]
+        is_pixel = (pixel < num_pixels)[:, None]
+        inside = is_pixel & is_channel[None, :]
+        # What is not wanted has no channels ("&" of block and scalar fails in Triton 3.9's interpreter).
+        is_bias = channel < C * has_bias
+        is_residual = is_pixel & (channel < C * has_residual)[None, :]
+        is_total = is_pixel & (channel < C * keeps_total)[None, :]
         place = pixel[:, None] * C + channel[None, :]
         start = pixel * C
         if is_interleaved != 0:
@@ -152,11 +157,11 @@ if triton_is_installed():
             source = (picture * (height // 2 + 1) + row // 2 + p) * (width // 2 + 1) + column // 2 + q
             start = source * (4 * C) + (2 * p + q) * C
         x = tl.load(x_ptr + start[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channel, mask=is_channel & (has_bias != 0), other=0.0)
-        residual = tl.load(residual_ptr + place, mask=inside & (has_residual != 0), other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=is_bias, other=0.0)
+        residual = tl.load(residual_ptr + place, mask=is_residual, other=0.0)
         x = x + bias.to(tl.float32)[None, :] + residual.to(tl.float32)
         total = x.to(h_ptr.dtype.element_ty)
-        tl.store(total_ptr + place, total, mask=inside & (keeps_total != 0))
+        tl.store(total_ptr + place, total, mask=is_total)
         if has_norm != 0:
             x = total.to(tl.float32)
             length = tl.sqrt(tl.sum(x * x, 1))
