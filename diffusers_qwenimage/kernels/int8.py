@@ -8,6 +8,8 @@ result, twice. Here the scales and the bias are applied before the write.
 Shapes: N tokens, I inputs, O outputs. The reference is `rows.scaled_linear_reference`.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -52,13 +54,20 @@ if triton_is_installed():
         depth = tl.arange(0, DEPTH)
         has_row = row < num_rows
         has_column = column < OUTPUTS
+        whole: tl.constexpr = INPUTS % DEPTH == 0 and OUTPUTS % COLUMNS == 0
+        if whole:  # rows past the end repeat the last one: loads without masks, results not written
+            row = tl.minimum(row, num_rows - 1)
         q = q_ptr + row[:, None].to(tl.int64) * INPUTS + depth[None, :]
         weight = weight_ptr + column[None, :].to(tl.int64) * INPUTS + depth[:, None]
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
         for start in range(0, INPUTS, DEPTH):
-            has_depth = depth < INPUTS - start
-            a = tl.load(q, mask=has_row[:, None] & has_depth[None, :], other=0)
-            b = tl.load(weight, mask=has_column[None, :] & has_depth[:, None], other=0)
+            if whole:
+                a = tl.load(q)
+                b = tl.load(weight)
+            else:
+                has_depth = depth < INPUTS - start
+                a = tl.load(q, mask=has_row[:, None] & has_depth[None, :], other=0)
+                b = tl.load(weight, mask=has_column[None, :] & has_depth[:, None], other=0)
             total = tl.dot(a, b, total, out_dtype=tl.int32)
             q += DEPTH
             weight += DEPTH
@@ -96,9 +105,29 @@ def int8_linear(
     else:
         y = out
     if num_rows:
-        rows, columns = (128, 128) if num_rows > 64 else (32, 64)
+        rows, columns, depth, warps, stages = _tile(num_rows, values.device)
         tiles = -(-num_rows // rows) * -(-outputs // columns)
         tensors = (values, scale, weight, weight_scale, weight_scale if bias is None else bias, y)
-        constants = (inputs, outputs, y.stride(0), bias is not None, rows, columns, 64, 8)
-        _run((tiles, 1, 1), tensors, (num_rows,), constants, 8 if rows == 128 else 4)
+        constants = (inputs, outputs, y.stride(0), bias is not None, rows, columns, depth, 8)
+        _run((tiles, 1, 1), tensors, (num_rows,), constants, warps, num_stages=stages)
     return y if out is None or y is out else out.copy_(y)
+
+
+def _tile(num_rows: int, device: torch.device) -> tuple[int, int, int, int, int]:
+    """Rows, columns and depth of a program's tile, its warps, and the stages in which it loads.
+
+    The large one takes 144 KiB of shared memory, which the GPUs for data centres have.
+    """
+    if num_rows <= 64:
+        return 32, 64, 64, 4, 3
+    if num_rows >= MANY_ROWS and device.type == "cuda" and _has_large_memory(device):
+        return 128, 256, 128, 8, 3
+    return 128, 128, 64, 8, 3
+
+
+MANY_ROWS = 1024
+
+
+@lru_cache(maxsize=16)
+def _has_large_memory(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))

@@ -127,7 +127,7 @@ def norm_of(x, modulation, index):
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 5, 70])
-@pytest.mark.parametrize("sizes", [(64, 48), (40, 136)])
+@pytest.mark.parametrize("sizes", [(64, 48), (40, 136), (128, 128)])
 def test_int8_linear(sizes, num_rows, dtype):
     inputs, outputs = sizes
     tokens = rows.quantize_rows_reference(random(num_rows, inputs), Target(torch.int8))
