@@ -78,6 +78,7 @@ class Encoders:
         self._text_encoder: Any = None
         self._tokenizer: Any = None
         self._prompts = PromptEncoder()
+        self._trained: set[str] = set()
         self._vae_key = digest_of("latents", files.fingerprint("vae"), str(dtype))
         self._text_key = digest_of(
             "embeds", files.fingerprint("text_encoder"), TEXT_TO_IMAGE.text, str(dtype)
@@ -112,11 +113,13 @@ class Encoders:
 
     def use(self, name: str, model: Any) -> None:
         """Take over a model ("vae" or "text_encoder") that is trained, instead of loading it."""
+        self._trained.add(name)
         setattr(self, f"_{name}", model)
 
     def release(self) -> None:
-        """Give up the memory of both models."""
-        self._vae = self._text_encoder = None
+        """Give up the memory of both models, but for what is trained."""
+        for name in {"vae", "text_encoder"} - self._trained:
+            setattr(self, f"_{name}", None)
         self._prompts.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -160,6 +163,11 @@ class Encoders:
         """Packed latents [L, 4 z] from the VAE; with gradients where its weights have them."""
         pixels = to_pixels(load_picture(sample)).to(self.device, self.vae.dtype)
         return packing.encode(self.vae, pixels, sample=False)[0]
+
+    @torch.no_grad()
+    def encode_text(self, text: str) -> Tensor:
+        """Embeddings [T, width] of a text by the text encoder as it is now."""
+        return self.encode_text_with_gradients(text)
 
     def encode_text_with_gradients(self, text: str) -> Tensor:
         """Embeddings [T, width] from the text encoder, recording gradients."""

@@ -94,11 +94,11 @@ class Feed:
 
     def _latents(self, index: int) -> Tensor:
         """Latents of a sample; of the next one of its size if its picture went bad and that is allowed."""
-        size = self.samples[index].size
-        same = [i for i, sample in enumerate(self.samples) if sample.size == size]
-        start = same.index(index)
-        for candidate in [*same[start:], *same[:start]]:
-            sample = self.samples[candidate]
+        size, number = self.samples[index].size, len(self.samples)
+        for distance in range(number):
+            sample = self.samples[(index + distance) % number]
+            if sample.size != size:
+                continue
             try:
                 if "vae" in self.config.trained_models:
                     return self.encoders.encode_picture(sample)

@@ -95,10 +95,11 @@ class Learner:
             self.feed.give_back(slots, batch)
         total = torch.zeros((), device=self.accelerator.device)
         names: list[str] = []
+        averaged = [self.modules["dit"]] if "dit" in self.config.trained_models else []
         for micro in range(self.config.gradient_accumulation_steps):
             slots = self.plan.batch(step, micro, self.accelerator.process_index)
             is_zero = isinstance(self.optimizer, Zero)
-            with nullcontext() if is_zero else self.accelerator.accumulate(*self.modules.values()):
+            with nullcontext() if is_zero else self.accelerator.accumulate(*averaged):
                 loss, used = self.loss(slots)
                 if is_zero:
                     self.optimizer.backward(loss)
@@ -107,6 +108,7 @@ class Learner:
                     self.accelerator.backward(loss)
             total += loss.detach() / self.config.gradient_accumulation_steps
             names += used
+        self._average_others()
         return Gradients(loss=total, norm=self._clip(), names=names, update=self.optimizer.step)
 
     def loss(self, slots: Sequence[Slot]) -> tuple[Tensor, list[str]]:
@@ -143,8 +145,10 @@ class Learner:
         optimizer = make_optimizer(self.config, parameters)
         if self.config.sharding != "none":
             return optimizer
-        *prepared, optimizer = self.accelerator.prepare(*self.modules.values(), optimizer)
-        self.modules = dict(zip(self.modules, prepared, strict=True))
+        if "dit" not in self.config.trained_models:
+            return self.accelerator.prepare(optimizer)
+        dit, optimizer = self.accelerator.prepare(self.modules["dit"], optimizer)
+        self.modules = {**self.modules, "dit": dit}
         return optimizer
 
     def _step_graphs(self) -> StepGraphs | None:
@@ -185,6 +189,14 @@ class Learner:
         transformer: Any = self.trained.modules["dit"]
         tables: Sequence[Tensor] = transformer.pos_embed([(1, *batch.grid)], longest, batch.clean.device)
         return tables
+
+    def _average_others(self) -> None:
+        """Average over processes the gradients of text encoder and VAE, which are not called as modules."""
+        if self.accelerator.num_processes == 1:
+            return
+        for name, parameter in self.trained.parameters.items():
+            if not name.startswith("dit.") and parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def _clip(self) -> Tensor:
         """Scale gradients down to `max_grad_norm`; returns their norm before."""

@@ -1,6 +1,6 @@
 """Validation pictures: prompts rendered with the weights as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ NEGATIVE = " "  # what guidance leads away from, as published examples have it
 
 
 class Validation:
-    """The prompts of a run, encoded once, and their pictures."""
+    """The prompts of a run, encoded once unless the text encoder is trained, and their pictures."""
 
     def __init__(self, config: TrainConfig, encoders: Encoders, files: ModelFiles) -> None:
         self.config = config
         self.files = files
-        self.embeds = [encoders.embeds(text) for text in config.validation_prompts]
-        self.negative = encoders.embeds(NEGATIVE)
+        self._encode(encoders.embeds)
 
     def render(self, step: int, transformer: Any, encoders: Encoders, *, save: bool = True) -> Path:
         """Render all prompts with the weights of `transformer` and save them as a grid; returns its path."""
+        if "text_encoder" in self.config.trained_models:
+            self._encode(encoders.encode_text)
         pictures = render(
             transformer,
             encoders.vae,
@@ -48,6 +49,10 @@ class Validation:
         if save:
             save_image(picture_grid([(f"step {step}", pictures)], self.config.validation_prompts), path)
         return path
+
+    def _encode(self, encode: Callable[[str], Tensor]) -> None:
+        self.embeds = [encode(text) for text in self.config.validation_prompts]
+        self.negative = encode(NEGATIVE)
 
 
 @torch.no_grad()

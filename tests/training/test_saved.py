@@ -1,8 +1,10 @@
 """What is saved loads elsewhere and means the same; optimizers, schedules, validation pictures, the card."""
 
+import itertools
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from diffusers_qwenimage import QwenImagePipeline
 from diffusers_qwenimage.loading import load_transformer
 from diffusers_qwenimage.training.checkpoints import load_state
 from diffusers_qwenimage.training.data import inspect_rows
+from diffusers_qwenimage.training.logs import CAPTION_HEIGHT
 from diffusers_qwenimage.training.metadata import read_rows
 from diffusers_qwenimage.training.models import find_models
 from diffusers_qwenimage.training.optimizers import MovingAverage, learning_rate_at
@@ -91,6 +94,35 @@ def test_text_encoder_and_vae_are_saved_under_their_names(workplace):
     path = train(config(trainable_models="text_encoder,vae", max_steps=1))
     names = set(load_file(path))
     assert {name.split(".")[1] for name in names} == {"text_encoder", "vae"}
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
+def test_other_models_learn_and_are_validated_as_they_are(workplace, name):
+    train(
+        config(
+            trainable_models=name,
+            max_steps=4,
+            save_steps=1,
+            learning_rate=1e-2,
+            validation_prompts=("a dot",),
+            validation_size=32,
+            validation_inference_steps=2,
+        )
+    )
+    saved = [load_file(f"out/step-{step}.safetensors") for step in (1, 2, 4)]
+    for before, after in itertools.pairwise(saved):  # a validation lies between
+        changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+        # what neither a text nor encoding takes part in: pictures in the text encoder, the decoder
+        idle = {
+            key
+            for key in after
+            if any(part in key for part in (".visual.", "lm_head", "decoder", "post_quant"))
+        }
+        assert len(changed) > 0.9 * len(after.keys() - idle)
+    pictures = [np.asarray(Image.open(f"out/samples/step-{step}.png")) for step in (0, 4)]
+    below_the_text = 2 * CAPTION_HEIGHT
+    has_changed = not np.array_equal(*(picture[below_the_text:] for picture in pictures))
+    assert has_changed == (name == "text_encoder")  # of the VAE, only the encoder has learned
 
 
 def test_bf16_computes_with_fp32_masters(workplace):
