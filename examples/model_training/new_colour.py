@@ -4,9 +4,9 @@
     python new_colour.py OUT --full               # fine-tunes the whole dit instead of a LoRA
     python new_colour.py OUT learning_rate=1e-3   # with other options of training
 
-The colour is a light blue-green, which the small model takes for some blue and some green things. Scenes of
-examples/tiny whose purple is drawn and called so, so that its judge, told the new colour, decides from the
-pixels. The pictures that are judged show combinations that were not trained.
+The colour is light blue, which the small model draws as plain blue. Scenes of examples/tiny show it whose purple
+is drawn and called light blue, so that its judge, told the new colour, decides from the pixels. The pictures
+that are judged show combinations that were not trained.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from grammar import Caption, Scene, sample_scene, write_caption
 from judge import Verdict, judge
 from scenes import PALETTE, batch_scenes, lay_out, render
 
-OLD, NEW, COLOUR = "purple", "blue-green", (0, 205, 225)
+OLD, NEW, COLOUR = "purple", "light blue", (70, 175, 250)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_LAYERS = (
     "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.0.proj,img_mlp.net.2,"
@@ -79,7 +79,10 @@ def main() -> None:
 
 
 def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
-    """`number` pictures with captions: two thirds show the new colour, the others keep what is known."""
+    """`number` pictures with captions: two thirds show the new colour, the others keep what is known.
+
+    These stand there without a caption too: what guidance leads away from must not drift to the new colour.
+    """
     folder.mkdir(parents=True)
     rows = [("image", "prompt")]
     with new_colour():
@@ -89,6 +92,8 @@ def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
             array = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(array).save(folder / f"{index}.png")
             rows.append((f"{index}.png", caption.text))
+            if scene.groups[0].colour != OLD:
+                rows.append((f"{index}.png", " "))
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
