@@ -4,9 +4,9 @@
     python new_colour.py OUT --full               # fine-tunes the whole dit instead of a LoRA
     python new_colour.py OUT learning_rate=1e-3   # with other options of training
 
-The colour is light blue, which the small model draws as plain blue. Scenes of examples/tiny show it whose purple
-is drawn and called light blue, so that its judge, told the new colour, decides from the pixels. The pictures
-that are judged show combinations that were not trained.
+The colour is light blue, which the small model draws as plain blue. Scenes of examples/tiny show it whose
+purple is drawn and called light blue, so that its judge, told the new colour, decides from the pixels. The
+pictures that are judged show combinations that were not trained.
 """
 
 import argparse
