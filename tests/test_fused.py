@@ -378,6 +378,19 @@ def test_backend_is_chosen_with_a_reason():
         kernels.set_backend("fast")
 
 
+def test_compiler_that_triton_needs_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not kernels.triton_can_build()
+    compiler = tmp_path / "clang"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    assert kernels.triton_can_build()
+    compiler.unlink()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert kernels.triton_can_build()
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "triton_is_installed", lambda: False)
     with pytest.raises(ValueError, match="pip install triton"):

@@ -15,6 +15,9 @@ other device, the Triton kernel, and the public operation. The files import Trit
 | launch.py | how all of them are launched |
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +92,13 @@ def triton_is_installed() -> bool:
     return find_spec("triton") is not None
 
 
+def triton_can_build() -> bool:
+    """Whether Triton finds the C compiler that it needs on Linux for what launches kernels."""
+    if sys.platform != "linux":
+        return True
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
 @lru_cache(maxsize=64)
 def _choose(device: torch.device, wanted: bool) -> Backend:
     if device.type != "cuda":
@@ -101,6 +111,8 @@ def _choose(device: torch.device, wanted: bool) -> Backend:
         return Backend(name="off", reason=f"compute capability {found}; the kernels need 8.0 or newer")
     if not triton_is_installed():
         return Backend(name="off", reason="Triton is not installed (pip install triton)")
+    if not triton_can_build():
+        return Backend(name="off", reason="Triton needs a C compiler; install gcc or clang")
     if not wanted:
         reason = "not on by default yet; diffusers_qwenimage.kernels.set_backend('auto') switches it on"
         return Backend(name="off", reason=reason)
