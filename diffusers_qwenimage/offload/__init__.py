@@ -12,6 +12,7 @@
 | survey.py | the blocks of a module, and the rest |
 | state.py | a module that streams: placing weights, hooks, undoing both |
 | placing.py | weights to where they will live |
+| reading.py | bytes of files into memory, many tensors by one call |
 | visits.py | what happens around the forward of a block |
 | ring.py | slots on the device, and which block comes next |
 | lanes.py | copies beside the work: a stream and events |

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import RawIOBase
-from typing import Any, cast
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
 from .placing import Progress, layout_for, unit_of
 from .plan import Placement, Source, StreamPlan, Surveys, make_plan
+from .reading import Files, Piece, cut, runs_of
 from .ring import Unit
 from .state import Streaming
 from .stream import device_of
@@ -42,6 +42,7 @@ CONVERSIONS = (
     2  # weights that are quantised or scaled at a time: each takes a few times its size on the device
 )
 BUFFER_BYTES = 32 * 2**20  # pinned, per reader, for what stays on the device
+RUN_BYTES = 256 * 2**20  # that a reader asks for at once, for what streams
 
 
 def adopt(
@@ -143,6 +144,8 @@ class _Adoption:
         self._memory = HostMemory(device)
         self._slabs: list[_Slab] = []
         self._place_of: dict[str, tuple[_Slab, Tensor]] = {}
+        self._unread: dict[str, int] = {}  # bytes of what is read in pieces
+        self._files = Files()
         self._left: dict[str, Tensor] = {}  # what stays as it is on the host, by name
         self._stays: dict[str, Member] = {}
         self._rotations: Mapping[str, int] = {}  # of weights whose columns are rotated in the file
@@ -158,14 +161,36 @@ class _Adoption:
         factors = dict(Checkpoint(tensors=scaled.scales, metadata={}).read())
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # who had the slabs' memory before is done with it
-        in_order = sorted(scaled.weights.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
-        with ThreadPoolExecutor(READERS if self._device.type == "cuda" else 1) as pool:
-            jobs = [
-                pool.submit(self._take, name, stored, scaled.weights, factors.get(name))
-                for name, stored in in_order
-            ]
+        as_wanted, others = self._sorted(scaled)
+        with self._files, ThreadPoolExecutor(READERS if self._device.type == "cuda" else 1) as pool:
+            # What the device gets first: its calls would wait for memory that is being pinned.
+            jobs = [pool.submit(self._send, run) for run in self._runs(as_wanted, to_device=True)]
+            jobs += [pool.submit(self._take, name, scaled, factors.get(name)) for name in others]
+            jobs += [pool.submit(self._read, run) for run in self._runs(as_wanted, to_device=False)]
             self._wait_for(jobs)
         return self._give()
+
+    def _sorted(self, scaled: ScaledCheckpoint) -> tuple[list[Piece], list[str]]:
+        """What is read as it is stored, and the names of what is left where it is or converted."""
+        as_wanted: list[Piece] = []
+        others: list[str] = []
+        for name, stored in scaled.weights.tensors.items():
+            dtype = DTYPES.get(stored.entry.dtype)
+            is_mapped = dtype is None or stored.value is not None or name in self._stays
+            if is_mapped or not self._is_as_wanted(name, dtype, name in scaled.scales):
+                others.append(name)
+                continue
+            memory = _flat(self._place_of[name][1])
+            self._unread[name] = memory.numel()
+            as_wanted.append(Piece(name=name, file=stored.file, offset=stored.offset, memory=memory))
+        return as_wanted, others
+
+    @staticmethod
+    def _runs(pieces: Sequence[Piece], *, to_device: bool) -> list[list[Piece]]:
+        chosen = [piece for piece in pieces if (piece.memory.device.type == "cuda") == to_device]
+        if to_device:
+            chosen = [part for piece in chosen for part in cut(piece, BUFFER_BYTES)]
+        return runs_of(chosen, BUFFER_BYTES if to_device else RUN_BYTES)
 
     @staticmethod
     def _wait_for(jobs: Sequence[Future[None]]) -> None:
@@ -209,33 +234,50 @@ class _Adoption:
             self._place_of[member.key] = slab, view
 
     @torch.no_grad()
-    def _take(self, name: str, stored: StoredTensor, weights: Checkpoint, scale: Tensor | None) -> None:
-        """Bring one stored tensor to where it will live."""
-        with self._on_own_stream():
-            dtype = DTYPES.get(stored.entry.dtype)
-            if dtype is None or stored.value is not None or name in self._stays:
-                [(_, mapped)] = weights.select([name]).read()
-                for key, value in self._converted(name, mapped, scale):
-                    self._put(key, value)
-            elif self._is_as_wanted(name, dtype, scale):
-                slab, view = self._place_of[name]
-                self._read_into(view, stored)
-                self._arrived(name, slab, view)
-            else:
-                with self._conversions:
-                    raw = torch.empty(stored.entry.shape, dtype=dtype, device=self._device)
-                    self._read_into(raw, stored)
-                    for key, value in self._converted(name, raw, scale):
-                        self._put(key, value)
+    def _read(self, run: Sequence[Piece]) -> None:
+        """Fill host memory; no call of CUDA but to pin a slab that is complete."""
+        self._files.read(run[0].file, run[0].offset, [piece.memory for piece in run])
+        self._have_arrived(run)
 
-    def _is_as_wanted(self, name: str, dtype: torch.dtype, scale: Tensor | None) -> bool:
-        if scale is not None or _is_quantised(self._module, name):
+    @torch.no_grad()
+    def _send(self, run: Sequence[Piece]) -> None:
+        """Read into this thread's pinned buffer, and send it to the device."""
+        with self._on_own_stream():
+            buffer = self._local.buffer.tensor[: run[-1].end - run[0].offset]
+            self._files.read(run[0].file, run[0].offset, [buffer])
+            for piece, read in zip(run, buffer.split([p.memory.numel() for p in run]), strict=True):
+                piece.memory.copy_(read, non_blocking=True)
+        self._have_arrived(run)
+
+    @torch.no_grad()
+    def _take(self, name: str, scaled: ScaledCheckpoint, scale: Tensor | None) -> None:
+        """Convert one stored tensor, or leave it where it is."""
+        stored = scaled.weights.tensors[name]
+        dtype = DTYPES.get(stored.entry.dtype)
+        if name in self._stays and self._is_as_wanted(name, dtype, scale is not None):
+            [(_, mapped)] = scaled.weights.select([name]).read()
+            self._put(name, mapped)
+            return
+        with self._on_own_stream():
+            if dtype is None or stored.value is not None or name in self._stays:
+                [(_, raw)] = scaled.weights.select([name]).read()
+                for key, value in self._converted(name, raw, scale):
+                    self._put(key, value)
+                return
+            with self._conversions:
+                raw = torch.empty(stored.entry.shape, dtype=dtype, device=self._device)
+                self._read_into(raw, stored)
+                for key, value in self._converted(name, raw, scale):
+                    self._put(key, value)
+
+    def _is_as_wanted(self, name: str, dtype: torch.dtype | None, is_scaled: bool) -> bool:
+        if dtype is None or is_scaled or _is_quantised(self._module, name):
             return False
         return dtype == _wanted(self._module, name) or not dtype.is_floating_point
 
     def _converted(self, name: str, tensor: Tensor, scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """A stored tensor as what the module holds for it: itself, or a quantised weight and its scales."""
-        if self._is_as_wanted(name, tensor.dtype, scale):
+        if self._is_as_wanted(name, tensor.dtype, scale is not None):
             yield name, tensor
             return
         rotation = self._rotations.get(name, 0)
@@ -257,35 +299,40 @@ class _Adoption:
             with self._lock:
                 self._progress.add(value.nbytes if key in self._streams else 0)
             return
-        slab, view = self._place_of[key]
+        view = self._place_of[key][1]
         view.copy_(value)
-        self._arrived(key, slab, view)
-
-    def _arrived(self, key: str, slab: _Slab, view: Tensor) -> None:
         with self._lock:
-            slab.missing.discard(key)
-            complete = not slab.missing
-            self._progress.add(view.numel() * view.element_size())
-        if complete and slab.host is not None:
-            slab.host = self._memory.pin(slab.host)
+            self._unread[key] = view.nbytes
+        self._have_arrived([Piece(name=key, file=Path(), offset=0, memory=_flat(view))])
+
+    def _have_arrived(self, pieces: Sequence[Piece]) -> None:
+        complete: list[_Slab] = []
+        with self._lock:
+            for piece in pieces:
+                slab = self._place_of[piece.name][0]
+                self._unread[piece.name] -= piece.memory.numel()
+                self._progress.add(piece.memory.numel())
+                if self._unread[piece.name] == 0:
+                    slab.missing.discard(piece.name)
+                    complete += [] if slab.missing else [slab]
+        for slab in complete:
+            if slab.host is not None:
+                slab.host = self._memory.pin(slab.host)
 
     def _read_into(self, target: Tensor, stored: StoredTensor) -> None:
         """Fill a tensor from its file; on a device through this thread's pinned buffer.
 
         Reading is several times as fast as touching the pages of a mapped file for the first time.
         """
-        there = target.reshape(-1).view(torch.uint8)
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            if target.device.type != "cuda":
-                _read_exactly(file, there)
-                return
-            buffer = self._local.buffer.tensor
-            for piece in there.split(BUFFER_BYTES):
-                read = buffer[: piece.numel()]
-                _read_exactly(file, read)
-                piece.copy_(read, non_blocking=True)
-                self._local.stream.synchronize()
+        whole = Piece(name=stored.key, file=stored.file, offset=stored.offset, memory=_flat(target))
+        if target.device.type != "cuda":
+            self._files.read(stored.file, stored.offset, [whole.memory])
+            return
+        for piece in cut(whole, BUFFER_BYTES):
+            read = self._local.buffer.tensor[: piece.memory.numel()]
+            self._files.read(piece.file, piece.offset, [read])
+            piece.memory.copy_(read, non_blocking=True)
+            self._local.stream.synchronize()
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
@@ -380,18 +427,9 @@ def _ties(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
     return ties
 
 
-def _read_exactly(file: RawIOBase, target: Tensor) -> None:
-    """Fill flat host memory from where the file stands.
-
-    Raises:
-        ValueError: if the file ends before.
-    """
-    left = memoryview(cast(Any, target.numpy()))
-    while left:
-        count = file.readinto(left)
-        if not count:
-            raise ValueError(f"{getattr(file, 'name', 'A file')} ended while it was read. Fetch it again.")
-        left = left[count:]
+def _flat(tensor: Tensor) -> Tensor:
+    """Its bytes."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _is_quantised(module: nn.Module, name: str) -> bool:
