@@ -88,6 +88,7 @@ def fused_in_parts(
                 )
             )
             start += length
+        del text_qkv
         text_attention = plan.text_out(_text_of(text_parts, lengths), image_BLD.dtype)
     with visit(block.img_mlp):
         for tokens_LD, token_index in zip(image_BLD, indices, strict=True):

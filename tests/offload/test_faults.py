@@ -4,12 +4,14 @@ import threading
 
 import pytest
 import torch
-from offload_cases import late_lane, limit_of, run, transformer, transformer_inputs
+from offload_cases import NUM_BLOCKS, late_lane, limit_of, run, transformer, transformer_inputs
 from peft import LoraConfig
 
+from diffusers_qwenimage import kernels
 from diffusers_qwenimage.checkpoint import empty_module, from_tensors
 from diffusers_qwenimage.offload import adopt, stream, streamed, unstream
 from diffusers_qwenimage.offload.lanes import DirectLane
+from diffusers_qwenimage.quantize import quantize_
 
 PLACING = (
     "diffusers_qwenimage.offload.state.device_slab",
@@ -56,21 +58,39 @@ def _resolve(path):
         return getattr(_resolve(module), name)
 
 
+WAYS = {  # blocks or their parts, in 8 bits or not, and a share of the weights that leaves some to stream
+    "blocks": (None, False, 0.4),
+    "parts": (None, True, 0.4),
+    "parts in fp8": ("fp8", True, 0.05),
+}
+
+
+def model_of(way, num_layers=NUM_BLOCKS):
+    """A model, and whether its blocks are split."""
+    kind, split, _ = WAYS[way]
+    model = transformer(num_layers=num_layers)
+    if kind is not None:
+        quantize_(model, kind)
+    return model, split
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("target", PLACING)
 @pytest.mark.parametrize("again", [False, True])
-def test_placing_fails(target, again, monkeypatch):
-    model, inputs = transformer(), transformer_inputs()
+def test_placing_fails(target, again, way, monkeypatch):
+    (model, split), inputs = model_of(way, num_layers=2), transformer_inputs()
     expected = run(model, inputs)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    least, limit = (limit_of(model, share, split=split) for share in (0.0, WAYS[way][2]))
     number, failed = 0, True
     while failed:
         if again:
-            stream(model, device="cpu", vram_limit=limit_of(model, 0.0))
+            stream(model, device="cpu", vram_limit=least, split=split)
         number += 1
         with monkeypatch.context() as patch:
             fails = inject(patch, target, number, torch.OutOfMemoryError("injected"))
             try:
-                stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
+                stream(model, device="cpu", vram_limit=limit, split=split)
             except torch.OutOfMemoryError:
                 assert streamed(model) is None
                 assert not any(
@@ -108,12 +128,14 @@ def test_adopting_fails(target, monkeypatch):
     assert torch.equal(run(model, inputs), expected)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), KeyboardInterrupt()])
 @pytest.mark.parametrize("num_slots", [1, 3])
-def test_a_copy_fails(error, num_slots, monkeypatch):
-    model, inputs = transformer(), transformer_inputs()
+def test_a_copy_fails(error, num_slots, way, monkeypatch):
+    (model, split), inputs = model_of(way), transformer_inputs()
     expected = run(model, inputs)
-    stream(model, device="cpu", vram_limit=3 * limit_of(model, 0.0), num_slots=num_slots)
+    limit = limit_of(model, 0.0, split=split)
+    stream(model, device="cpu", vram_limit=3 * limit, num_slots=num_slots, split=split)
     for number in range(1, 12):
         with monkeypatch.context() as patch:
             inject(patch, "diffusers_qwenimage.offload.lanes.DirectLane.copy", number, error)
@@ -123,6 +145,27 @@ def test_a_copy_fails(error, num_slots, monkeypatch):
                 except type(error):
                     pass
         assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_an_operation_between_the_parts_of_a_block_fails(kind, monkeypatch):
+    """On the fused path, which reads weights without calling the parts, and writes over its stream."""
+    model, inputs = model_of("parts" if kind is None else "parts in fp8")[0], transformer_inputs()
+    model.save_memory()
+    targets = [
+        f"diffusers_qwenimage.fused_parts.{name}" for name in ("attention_norm", "_attention", "visit")
+    ]
+    with kernels.use_backend("reference"), late_lane(monkeypatch, model):
+        expected = run(model, inputs)
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.0, split=True), split=True)
+        for target in [*targets, "diffusers_qwenimage.fused_parts.second_norm"]:
+            for number in (1, 2, 5):
+                with monkeypatch.context() as patch:
+                    fails = inject(patch, target, number, torch.OutOfMemoryError("injected"))
+                    with pytest.raises(torch.OutOfMemoryError):
+                        run(model, inputs)
+                    assert fails.failed
+                assert torch.equal(run(model, inputs), expected)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])

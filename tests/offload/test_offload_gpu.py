@@ -88,6 +88,43 @@ def test_exact_and_within_the_budget(model):
         assert all(torch.equal(result, expected) for result in results)
 
 
+def test_parts_of_blocks_and_saving_memory(model):
+    """Slots for parts of blocks: equal to resident weights, with less memory beside them."""
+    inputs = inputs_of()
+    stream(model, device="cuda", on_call=("img_mod", "txt_mod"))
+    table = tabulated(model)
+    expected = run(model, inputs, table)
+    smallest = plan_stream(model, None, split=True)
+    for frugal in (False, True):
+        model.save_memory(frugal)
+        for limit in (smallest.smallest_bytes, smallest.smallest_overlapping_bytes):
+            plan = stream(model, device="cuda", vram_limit=limit)
+            assert plan.is_split and plan.device_bytes <= limit
+            run(model, inputs, table)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            results = [run(model, inputs, table) for _ in range(6)]
+            assert all(torch.equal(result, expected) for result in results)
+            if frugal:  # both streams, four widths of one sample, and the results themselves
+                one = (31 * 33 + 77) * model.inner_dim * 2
+                assert torch.cuda.max_memory_allocated() - before <= 7 * one + 16 * 2**20
+    model.save_memory(False)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_parts_of_quantised_blocks(kind):
+    inputs, model = inputs_of(), build().to(DEVICE)
+    quantize_(model, kind)
+    model.save_memory()
+    expected = run(model, inputs)
+    plan = stream(
+        model, device="cuda", vram_limit=plan_stream(model, None, split=True).smallest_overlapping_bytes
+    )
+    assert plan.is_split
+    assert all(torch.equal(run(model, inputs), expected) for _ in range(4))
+
+
 def test_a_slow_block_before_and_after(model):
     """Work that is still running when the host has given everything: slots must not be overwritten."""
     inputs = inputs_of()
