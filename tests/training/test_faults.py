@@ -161,14 +161,17 @@ def test_interrupted_cache_build(workplace):
         return Encoders(files, TensorCache(Path(folder)), dtype=torch.float32, device=torch.device("cpu"))
 
     encoders("whole").fill(samples, ["a"], progress=False)
-    for wait in (0.05, 0.15):
+    for wanted in (1, 6):
         child = os.fork()
         if child == 0:
             encoders("cache").fill(samples, ["a"], progress=False)
             os._exit(0)
-        time.sleep(wait)
+        while len(list(Path("cache").rglob("[!.]*.safetensors"))) < wanted:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        assert len(list(Path("cache").rglob("[!.]*.safetensors"))) < 17
     encoders("cache").fill(samples, ["a"], progress=False)
     whole, again = (
         {path.name: path.read_bytes() for path in Path(folder).rglob("[!.]*.safetensors")}
