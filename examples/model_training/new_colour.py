@@ -38,6 +38,7 @@ from scenes import PALETTE, batch_scenes, lay_out, render
 
 OLD, NEW, COLOUR = "purple", "light blue", (70, 175, 250)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 480
 ALL_LAYERS = (
     "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.0.proj,img_mlp.net.2,"
     "img_mod.1,txt_mlp.net.0.proj,txt_mlp.net.2,txt_mod.1"
@@ -46,10 +47,14 @@ ALL_LAYERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Numbers of pictures: with things of the new colour only; right in every respect."""
+    """Numbers of pictures: with things of the new colour only; right in every respect; right without it.
+
+    The last is over half as many captions of colours that were known before.
+    """
 
     coloured: int
     right: int
+    kept: int
 
 
 def main() -> None:
@@ -60,7 +65,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="fine-tune the whole dit")
     parser.add_argument("--model", type=Path, help="another checkpoint of the same layout")
     parser.add_argument("--scenes", type=int, default=96)
-    parser.add_argument("--steps", type=int, help="of training (360, or 240 with --full)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (480)")
     parser.add_argument("--judged", type=int, default=16)
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of training")
     args = parser.parse_intermixed_args()
@@ -68,14 +73,14 @@ def main() -> None:
     write_dataset(args.out / "data", args.scenes)
     before = measure(model, args.judged, grid=args.out / "before.png")
     started = time.monotonic()
-    steps = args.steps or (240 if args.full else 360)
     options = yaml.safe_load("\n".join(option.replace("=", ": ", 1) for option in args.options)) or {}
-    weights = teach(args.out, model, steps=steps, full=args.full, **options)
+    weights = teach(args.out, model, steps=args.steps, full=args.full, **options)
     seconds = time.monotonic() - started
     after = measure(model, args.judged, weights=weights, full=args.full, grid=args.out / "after.png")
-    print(f"{steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
+    print(f"{args.steps} steps in {seconds:.0f} s; of {args.judged} pictures, before and after:")
     print(f"  only things of the new colour, on the right background: {before.coloured}, {after.coloured}")
     print(f"  right in every respect: {before.right}, {after.right}")
+    print(f"  right, of {args.judged // 2} of known colours: {before.kept}, {after.kept}")
 
 
 def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
@@ -101,9 +106,9 @@ def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
 def teach(out: Path, model: Path, *, steps: int, full: bool = False, **changes: Any) -> Path:
     """Train a LoRA, or the whole dit, on `out/data`; returns the weights."""
     kind: dict[str, Any] = (
-        {"trainable_models": "dit", "learning_rate": 2e-4}
+        {"trainable_models": "dit", "learning_rate": 5e-4}
         if full
-        else {"lora_base_model": "dit", "lora_target_modules": ALL_LAYERS, "learning_rate": 2e-3}
+        else {"lora_base_model": "dit", "lora_target_modules": ALL_LAYERS, "learning_rate": 4e-3}
     )
     parts = ", ".join(f'"{model / name}"' for name in ("transformer", "text_encoder", "vae"))
     settings = {
@@ -142,12 +147,22 @@ def measure(
     if grid is not None:
         Image.fromarray(np.concatenate(pictures[:8], axis=1)).save(grid)
     with new_colour():
-        verdicts = [judge(p, *pair) for p, pair in zip(pictures, pairs, strict=True)]
+        verdicts = judged(pictures, pairs)
+    known = scenes(number // 2, 1000, held_out=True, share=0.0)
+    kept = judged(draw(pipe, [caption.text for _, caption in known]), known)
+    return Measured(
+        coloured=sum(map(is_coloured, verdicts)),
+        right=sum(verdict.right for verdict in verdicts),
+        kept=sum(verdict.right for verdict in kept),
+    )
+
+
+def judged(pictures: Sequence[np.ndarray], pairs: Sequence[tuple[Scene, Caption]]) -> list[Verdict]:
+    """What the judge finds, which is printed too."""
+    verdicts = [judge(picture, *pair) for picture, pair in zip(pictures, pairs, strict=True)]
     for verdict, (_, caption) in zip(verdicts, pairs, strict=True):
         print(f"  {caption.text!r}: {'right' if verdict.right else verdict.faults} ({verdict.found})")
-    return Measured(
-        coloured=sum(map(is_coloured, verdicts)), right=sum(verdict.right for verdict in verdicts)
-    )
+    return verdicts
 
 
 def is_coloured(verdict: Verdict) -> bool:

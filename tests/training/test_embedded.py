@@ -87,11 +87,10 @@ def test_new_colour(tmp_path, monkeypatch, kind):
 
     model, full = default_checkpoint(), kind == "full"
     new_colour.write_dataset(tmp_path / "data", 96)
-    weights = new_colour.teach(tmp_path, model, steps=240 if full else 360, full=full)
+    weights = new_colour.teach(tmp_path, model, steps=new_colour.STEPS, full=full)
     assert new_colour.measure(model, 8).coloured == 0
-    # Of 8 pictures; the whole dit learns the colour under a name that the text encoder has never read, and
-    # forgets shapes over it.
-    assert new_colour.measure(model, 8, weights=weights, full=full).coloured >= 5
+    after = new_colour.measure(model, 8, weights=weights, full=full)
+    assert after.coloured >= 6 and after.right >= 6 and after.kept >= 3  # of 8, 8 and 4
 
 
 def run(line, folder):
