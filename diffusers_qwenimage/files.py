@@ -8,8 +8,8 @@ looks at the target sees the old content or the new one, also after a crash or o
 import json
 import math
 import os
+import secrets
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,15 +58,14 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file to write.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem}.", suffix=f".tmp{target.suffix}"
-    )
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.tmp{target.suffix}")
+    # Created here, so that the system applies the umask: asking for it would change it for other threads.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
     try:
         yield temporary
         sync(temporary)
-        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -278,9 +277,3 @@ def _entry(key: str, value: object, name: str) -> TensorEntry:
     if math.prod(entry.shape) * DTYPE_BITS[entry.dtype] != 8 * (entry.end - entry.start):
         raise ValueError(f"{name}: the shape of {key!r} {entry.shape} does not fit its bytes.")
     return entry
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

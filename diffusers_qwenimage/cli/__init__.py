@@ -12,9 +12,10 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffusers_qwenimage.version import __version__
 
@@ -27,6 +28,18 @@ class UsageError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of printing its usage and leaving."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse, but the parser of a command speaks up itself about what it does not know."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [name.split("=")[0] for name in unknown if name.startswith("-")]
+            near = [
+                match for name in names for match in get_close_matches(name, self._option_string_actions, 1)
+            ]
+            hint = f"; did you mean {' '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raise; `main` prints the message."""

@@ -51,6 +51,7 @@ def _add_convert(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--to",
         required=True,
+        choices=(*TARGET_NAMES, "portable", "original"),
         metavar="TARGET",
         help=f"one of {', '.join(TARGET_NAMES)}; portable is another name of opensource; original undoes a "
         "conversion byte by byte",

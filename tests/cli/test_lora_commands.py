@@ -74,7 +74,7 @@ def test_strict_and_approximate(source: Path, tmp_path: Path, capsys: pytest.Cap
     ("arguments", "message"),
     [
         (("convert", "SOURCE", "SOURCE", "--to", "kohya"), "is the input"),
-        (("convert", "SOURCE", "OUT", "--to", "nothing"), "Unknown target 'nothing'"),
+        (("convert", "SOURCE", "OUT", "--to", "nothing"), "invalid choice: 'nothing'"),
         (("convert", "SOURCE", "OUT", "--to", "original"), "no record of an original"),
         (("convert", "missing.safetensors", "OUT", "--to", "kohya"), "does not exist"),
         (("verify", "SOURCE", "missing.safetensors"), "does not exist"),
