@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -74,11 +74,12 @@ def main() -> None:
     if not (args.folder / "model_index.json").is_file():
         write_model(args.folder, args.blocks, args.layers)
     try:
-        totals: dict[str, float] = {}
-        for source in args.stream_from:
-            name = f"{source}, kernels compiled before" if totals else source
-            totals[name] = measure_loading(args, source, partial(note_of, note, name))
-        measure_reading(args.folder, totals, note)
+        reading = measure_reading(args.folder, note)
+        for index, source in enumerate(args.stream_from):
+            name = f"{source}, kernels compiled before" if index else source
+            total = measure_loading(args, source, partial(note_of, note, name))
+            for way, seconds in reading.items():
+                note(f"{name}, files to first step, beside reading {way}", total / seconds, "")
     finally:
         if not args.keep:
             shutil.rmtree(args.folder)
@@ -163,22 +164,22 @@ def take_steps(pipe: Any, args: argparse.Namespace) -> list[float]:
     return times
 
 
-def measure_reading(folder: Path, loading: Mapping[str, float], note: Note) -> None:
-    """Reading what was read, and nothing else; `loading` seconds beside it, by where weights stream from."""
+def measure_reading(folder: Path, note: Note) -> dict[str, float]:
+    """Seconds of reading what a prompt needs, and nothing else, in different ways."""
     pieces = pieces_of(folder)
     size = sum(piece[2] for piece in pieces)
     note("bytes of the files that are needed", size / 1e9, "GB")
-    for name, threads, own, limit in (
+    seconds = {}
+    for way, threads, own, limit in (
         (f"by {READERS} threads into memory of its own", READERS, True, OWN_MEMORY),
         (f"by {READERS} threads into buffers used again", READERS, False, USED_AGAIN),
         ("by one thread", 1, False, ONE_THREAD),
     ):
         read = first(pieces, limit)
         rate = sum(piece[2] for piece in read) / seconds_of_reading(read, threads, own=own)
-        note(f"reading them {name}", rate / 1e9, "GB/s")
-        note(
-            f"from files to the end of the first step, beside reading them {name}", loading * rate / size, ""
-        )
+        note(f"reading {way}", rate / 1e9, "GB/s")
+        seconds[way] = size / rate
+    return seconds
 
 
 def pieces_of(folder: Path) -> list[Piece]:

@@ -57,7 +57,7 @@ class DeviceWatch(Watch):
         most: bytes.
     """
 
-    interval = 0.004
+    interval = 0.01
 
     def __init__(self) -> None:
         self.most = 0

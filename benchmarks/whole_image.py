@@ -5,7 +5,7 @@
 Random weights of the true sizes are written once, in shards (57 GB; the same block again and again). Each
 case runs in a process of its own (`--inline`: in this one), whose allocator may not take more device memory
 than its budget leaves beside CUDA's own. The most in use is what the driver says of the whole device, from
-the start of the process to the picture, looked at every 4 ms: loading, prompt, denoising, decoding. Budgets
+the start of the process to the picture, looked at every 10 ms: loading, prompt, denoising, decoding. Budgets
 are in GiB: 7.45 are 8 GB. `--blocks` and `--layers` make smaller models.
 """
 

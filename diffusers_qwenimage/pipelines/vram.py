@@ -206,9 +206,9 @@ class VramManager:
     def _place(self, parts: Parts, plan: PipelinePlan) -> None:
         self._release_vae()
         self._stream(parts.text_encoder, plan.text_encoder, plan.surveys, "text_encoder")
+        self._rest(parts.text_encoder)
         self._stream(parts.transformer, plan.transformer, plan.surveys, "transformer")
-        for module in (parts.text_encoder, parts.transformer):
-            self._rest(module)
+        self._rest(parts.transformer)
         if hasattr(parts.transformer, "save_memory"):
             parts.transformer.save_memory(plan.frugal)
         if parts.vae is not None:
