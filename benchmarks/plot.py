@@ -7,7 +7,6 @@ A bar is the newest row of its benchmark and case on that device. What was not m
 """
 
 import argparse
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from results import RESULTS, rows_of  # noqa: E402
 
-RESULTS = Path(__file__).with_name("results.csv")
 OUT = Path(__file__).with_name("speed.png")
 STOCK, OURS, LOSSY = "#9aa3ad", "#2f6fb3", "#7fb4e0"
 
@@ -110,11 +109,9 @@ def main() -> None:
 def read(path: Path, device: str) -> tuple[dict[tuple[str, str], float], str]:
     """The newest value of each benchmark and case, and the full name of the device."""
     figures, name = {}, device
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if device in row["device"]:
-                figures[row["benchmark"], row["case"]] = float(row["value"])
-                name = row["device"]
+    for row in rows_of(path, device):
+        figures[row["benchmark"], row["case"]] = float(row["value"])
+        name = row["device"]
     return figures, name
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from results import record
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from whole_image import TEXT_CONFIG, VISION_CONFIG
+from true_model import TEXT_CONFIG, VISION_CONFIG
 
 from diffusers_qwenimage import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers_qwenimage.checkpoint import empty_module
 from diffusers_qwenimage.pipelines.needs import Demand
 from diffusers_qwenimage.pipelines.rates import forward_flops
 from diffusers_qwenimage.pipelines.vram_plan import Parts, PipelinePlan, plan_pipeline
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="table to append to")
     parser.add_argument("--sides", type=int, nargs="+", default=[1024, 1328])
     args = parser.parse_args()
+    print("Projected, not measured: seconds of a guided step\n")
     print(
         "| card | weights | on the card | streams | pinned | "
         + " | ".join(f"{s}x{s}" for s in args.sides)
@@ -101,21 +103,18 @@ def projected(parts: Parts, card: Card, weights: str, side: int) -> tuple[Pipeli
 
 
 def model(weights: str) -> Parts:
-    """The components at true size, on the meta device."""
-    with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel()
-        config = Qwen2_5_VLConfig(
-            text_config={**TEXT_CONFIG, "num_hidden_layers": 28}, vision_config=VISION_CONFIG
-        )
-        text_encoder = Qwen2_5_VLForConditionalGeneration(config)
-        vae = AutoencoderKLQwenImage()
-    modules: tuple[Any, ...] = (transformer, text_encoder, vae)
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.data = parameter.data.bfloat16()
+    """The components at true size, without values."""
+    texts = Qwen2_5_VLConfig(
+        text_config={**TEXT_CONFIG, "num_hidden_layers": 28}, vision_config=VISION_CONFIG
+    )
+    transformer = empty_module(QwenImageTransformer2DModel).to(torch.bfloat16)
     if weights != "bf16":
         quantize_(transformer, weights)
-    return Parts(transformer=transformer, text_encoder=text_encoder, vae=vae)
+    return Parts(
+        transformer=transformer,
+        text_encoder=empty_module(lambda: Qwen2_5_VLForConditionalGeneration(texts)).to(torch.bfloat16),
+        vae=empty_module(AutoencoderKLQwenImage).to(torch.bfloat16),
+    )
 
 
 if __name__ == "__main__":

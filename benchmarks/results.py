@@ -1,10 +1,11 @@
-"""Append measured rows to results.csv, with what they were measured on and by which command."""
+"""Measured rows of results.csv, with what they were measured on and by which command: append, and read."""
 
 import csv
 import datetime
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def record(
         writer.writerow(row)
     memory = f", {row['peak_memory_gib']} GiB" if row["peak_memory_gib"] else ""
     print(f"{benchmark:12s} {case:58s} {row['value']:>10s} {unit}{memory}", flush=True)
+
+
+def rows_of(path: Path, device: str) -> Iterator[dict[str, str]]:
+    """The rows of devices with `device` in their name, the oldest first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from (row for row in csv.DictReader(file) if device in row["device"])
 
 
 def without_results(arguments: list[str]) -> list[str]:
