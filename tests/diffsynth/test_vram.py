@@ -61,22 +61,33 @@ def equal(a: Image.Image, b: Image.Image) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def run_snippet(name: str, device: str, folder: Path) -> None:
+    """In the current folder, where the model lies under its name then."""
+    shutil.copytree(folder, Path("models") / MODEL)
+    names: dict[str, Any] = {}
+    exec(SNIPPET.replace("{options}", OPTIONS[name]).replace('device="cuda"', f'device="{device}"'), names)
+    pipe = names["pipe"]
+    assert pipe.device.type == device and draw(pipe).size == (48, 32)
+    assert is_quantized(pipe.dit) == is_quantized(pipe.text_encoder) == (name != "offload")
+    if name == "offload":
+        assert equal(draw(pipe), draw(load(folder, device=device)))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_snippets_of_the_readme_run(
     name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder, tmp_path / "models" / MODEL)
-    code = SNIPPET.replace("{options}", OPTIONS[name])
-    if not torch.cuda.is_available():
-        code = code.replace('device="cuda"', 'device="cpu"')
-    names: dict[str, Any] = {}
-    exec(code, names)
-    pipe = names["pipe"]
-    assert draw(pipe).size == (48, 32)
-    assert is_quantized(pipe.dit) == is_quantized(pipe.text_encoder) == (name != "offload")
-    if name == "offload":
-        assert equal(draw(pipe), draw(load(model_folder, device=str(pipe.device))))
+    run_snippet(name, "cpu", model_folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_snippets_of_the_readme_run_unchanged(
+    name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_snippet(name, "cuda", model_folder)
 
 
 @pytest.mark.parametrize("extra", [0, 60_000, 90_000, 10**7])
