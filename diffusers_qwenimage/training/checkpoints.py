@@ -52,10 +52,17 @@ def find_start(config: TrainConfig, output: Path) -> Path | None:
     """The state to resume from; refuses to write over an earlier run.
 
     Raises:
-        ValueError: if there is none, or one that was not asked for.
+        ValueError: if there is none, or a newer one that was not asked for.
     """
     if config.resume_from is not None:
-        return find_state(output, config.resume_from)
+        found = find_state(output, config.resume_from)
+        states = list_states(output)
+        if states and config.resume_from != "latest" and found.resolve() != states[-1][1].resolve():
+            raise ValueError(
+                f"{output} holds {states[-1][1].name}, which going on from {found} would leave behind: "
+                "resume from latest, or give another output_path."
+            )
+        return found
     if list_states(output):
         raise ValueError(
             f"{output} holds checkpoints of an earlier run. Pass --resume_from latest to go on with it, or "
@@ -95,7 +102,8 @@ def save_state(output: Path, state: State, *, keep: int, beside: Path | None = N
         _rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for _, old in list_states(output)[:-keep]:
+    others = [folder for _, folder in list_states(output) if folder != target]
+    for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -1,6 +1,6 @@
 """`TrainConfig`: every option of the trainer. The text under a field is its `--help`.
 
-Where a field is True, that is the text of the flag `--no_NAME`, which switches it off. The flags of
+Where a field is True, the flag is `--no_NAME`, which switches it off. The flags of
 DiffSynth-Studio's `train.py` have their names, meanings and defaults. Steps are optimizer steps everywhere.
 Nothing here imports torch, so `--help` is quick.
 """
@@ -25,7 +25,7 @@ class TrainConfig:
     # --- dataset ---
 
     dataset_base_path: str
-    """Folder of the pictures, or the id of a Hugging Face dataset (needs the package datasets)."""
+    """Folder of the pictures, or hf:ORG/NAME of a Hugging Face dataset (needs the package datasets)."""
 
     dataset_metadata_path: str | None = None
     """csv, json, jsonl or parquet file with a row per picture. Without it: metadata.* in the folder, else
@@ -69,8 +69,8 @@ class TrainConfig:
     """What to do with pictures that cannot be used: stop with a list of them, or list and leave out."""
 
     cache: bool = True
-    """Encode pictures and captions anew in every step, with VAE and text encoder in memory, instead of once
-    before the first step and from the disk after that."""
+    """Encode pictures and captions once before the first step and read them from the disk after that, so that
+    neither VAE nor text encoder stays in memory."""
 
     cache_path: str | None = None
     """Folder of the cache, which runs may share (default: cache in the output folder)."""
@@ -236,12 +236,12 @@ class TrainConfig:
     memory block by block; only for a LoRA."""
 
     modulation_table: bool = True
-    """Keep the frozen modulation weights of the dit, a third of it, on the device, instead of their values
-    for each timestep in host memory. The results are the same."""
+    """Keep the values of the frozen modulation for each timestep in host memory, instead of its weights, a
+    third of the dit, on the device. The results are the same."""
 
     cuda_graphs: bool = True
-    """Launch every kernel of a step by itself, instead of recording the steps of each shape as CUDA graphs;
-    with many lengths of captions, recording takes its time too."""
+    """Record the steps of each shape as CUDA graphs, instead of launching every kernel by itself; with many
+    lengths of captions, recording takes its time too."""
 
     sharding: Literal["none", "optimizer", "full", "zero2", "zero3"] = "none"
     """How several processes share the dit: none, each has all of it (data parallelism); optimizer, gradients
@@ -378,10 +378,10 @@ class TrainConfig:
     def _check_models(self) -> None:
         if self.model_paths and self.model_id_with_origin_paths:
             raise ValueError("Give either model_paths or model_id_with_origin_paths, not both.")
-        if bool(self.trainable_models) == bool(self.lora_base_model):
-            raise ValueError(
-                "Say what to train: either trainable_models (such as dit) or lora_base_model (dit), not both."
-            )
+        if not self.trainable_models and not self.lora_base_model:
+            raise ValueError("Say what to train: trainable_models (such as dit), or lora_base_model (dit).")
+        if self.trainable_models and self.lora_base_model:
+            raise ValueError("Give either trainable_models or lora_base_model, not both.")
         unknown = [name for name in self.trained_models if name not in MODELS]
         if unknown or not self.trained_models:
             raise ValueError(f"Unknown model {', '.join(unknown)!r}; there are {', '.join(MODELS)}.")

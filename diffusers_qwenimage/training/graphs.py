@@ -221,11 +221,15 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
 
 
 def by_address(tensor: Tensor) -> Tensor:
-    """The same memory without owning it: it may be given to somebody else meanwhile."""
-    size = tensor.untyped_storage().nbytes()
-    storage = torch._C._construct_storage_from_data_pointer(
-        tensor.untyped_storage().data_ptr(), tensor.device, size
-    )
+    """The same memory without owning it: it may be given to somebody else meanwhile.
+
+    The tensor itself where this torch cannot say that: then every recording keeps gradients of its own.
+    """
+    construct = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+    if construct is None:
+        return tensor
+    stored = tensor.untyped_storage()
+    storage = construct(stored.data_ptr(), tensor.device, stored.nbytes())
     there = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
     return there

@@ -14,6 +14,7 @@ from .config import TrainConfig, comma_list
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+HUB_PREFIX = "hf:"
 MAX_TEXT_BYTES = 1_000_000  # of a caption's file
 
 
@@ -169,9 +170,13 @@ def _caption_file(picture: Path) -> str:
 
 
 def _hub_rows(config: TrainConfig) -> list[Row]:
-    name = config.dataset_base_path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"The dataset folder {name} does not exist.")
+    name = config.dataset_base_path.removeprefix(HUB_PREFIX)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.exists()
+    if is_path and name == config.dataset_base_path:
+        raise FileNotFoundError(
+            f"The dataset folder {name} does not exist. For a dataset of Hugging Face give "
+            f"{HUB_PREFIX}ORG/NAME."
+        )
     if find_spec("datasets") is None:
         raise FileNotFoundError(
             f"The dataset folder {name} does not exist. If it is the id of a Hugging Face dataset, "

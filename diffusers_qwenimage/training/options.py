@@ -5,6 +5,7 @@ import ast
 import difflib
 import inspect
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -16,6 +17,15 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+# Flags of DiffSynth-Studio's scripts that have nothing to set here: how they are parsed, and why.
+WITHOUT_EFFECT: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "find_unused_parameters": ({"action": "store_true"}, "weights without a gradient are always found"),
+    "dataset_num_workers": ({"metavar": "N"}, "latents and embeddings are read from the cache"),
+    "task": ({"choices": ["sft"]}, "there is no other task"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for field in fields(TrainConfig):
         text = help_texts[field.name] + _default_text(field)
         _add_option(groups[sections[field.name]], field, types[field.name], text.replace("%", "%%"))
+    for name, (settings, _) in WITHOUT_EFFECT.items():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
 
 
 def read_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -38,6 +50,9 @@ def read_config(arguments: argparse.Namespace) -> TrainConfig:
         ValueError: for unknown or missing options and values that do not fit.
         FileNotFoundError: if the file does not exist.
     """
+    for name, (_, reason) in WITHOUT_EFFECT.items():
+        if hasattr(arguments, name):
+            logger.warning("--%s has no effect: %s.", name, reason)
     given = {
         field.name: getattr(arguments, field.name)
         for field in fields(TrainConfig)
@@ -137,7 +152,7 @@ def _add_option(parser: "argparse._ArgumentGroup", field: "Field[Any]", kind: An
             dest=field.name,
             action="store_false",
             default=argparse.SUPPRESS,
-            help=text,
+            help=f"Do not: {text[0].lower()}{text[1:]}",
         )
     elif kind is bool:
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)

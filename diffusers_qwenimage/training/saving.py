@@ -14,12 +14,12 @@ from .config import TrainConfig
 from .data import Sample
 from .guard import Guard
 from .hashing import digest_of
-from .held import Held, make_state
 from .logs import write_card
 from .models import ModelFiles
 from .plan import Captions, Plan
 from .publish import publish
-from .trained import base_metadata, save_weights
+from .trained import base_metadata, find_format, save_weights
+from .training_state import Held, make_state
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Saver:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
         by_epoch = within == 0 and not self.config.save_steps
         stem = f"epoch-{epoch - 1}" if by_epoch else f"step-{step}"
+        last = self._place(f"{stem}.safetensors")
         optimizer, tensors, averages = self.held.whole()
         beside = self.held.save_beside(self.output)
         if self.accelerator.is_main_process:
@@ -81,15 +82,16 @@ class Saver:
             values: dict[str, Any] = {
                 "guard": self.guard.state(),
                 "data": self._data_digest(),
+                "weights": last.name,
                 "config": asdict(self.config),
             }
             state = make_state(step, optimizer, tensors, averages, values)
             save_state(self.output, state, keep=self.config.keep_states, beside=beside)
         self.accelerator.wait_for_everyone()
-        return self.output / f"{stem}.safetensors"
+        return last
 
-    def restore(self, state: State) -> int:
-        """Take over a state; returns the number of steps done.
+    def restore(self, state: State) -> Path:
+        """Take over a state; returns the weights that were saved with it.
 
         Raises:
             ValueError: if it is of other weights.
@@ -102,27 +104,41 @@ class Saver:
                 "run goes on, but not as it would have."
             )
         logger.info("Resumed after step %d.", state.step)
-        return state.step
+        folder = self.output if state.folder is None else state.folder.parent
+        return folder / str(state.values.get("weights", f"step-{state.step}.safetensors"))
 
-    def finish(self, last: Path, *, is_whole: bool) -> None:
-        """Write the model card, and push the result if the run was not stopped.
+    def finish(self, last: Path, *, step: int) -> None:
+        """Write the model card, and push the result if all steps were done.
+
+        Args:
+            last: the weights that were written last.
+            step: of them.
 
         Raises:
+            FileNotFoundError: if they are not there any more.
             DownloadError: if the hub refuses or cannot be reached; everything is still in the folder.
         """
-        if not self.accelerator.is_main_process or not last.exists():
+        if not self.accelerator.is_main_process:
             return
+        if not last.exists():
+            raise FileNotFoundError(f"The weights {last} of the saved state are not there any more.")
         config = self.config
         write_card(
             self.output,
             config,
             base=self.files.name,
             weights=last.name,
-            step=self.num_steps,
+            step=step,
             images=len(self.samples),
         )
-        if config.push_to_hub and is_whole:
+        if config.push_to_hub and step >= self.num_steps:
             publish(self.output, last, config.push_to_hub, config.hub, private=config.hub_private)
+
+    def _place(self, name: str) -> Path:
+        """Where weights are written; a folder for formats that are one."""
+        path = self.output / name
+        is_folder = self.config.is_lora and find_format(self.config).directory
+        return path.with_suffix("") if is_folder else path
 
     def _data_digest(self) -> str:
         """Changes when a resumed run would not see the same samples."""

@@ -24,7 +24,6 @@ from .config import ZERO_STAGES, TrainConfig, comma_list
 from .data import Sample, inspect_rows
 from .feed import Feed
 from .guard import Guard
-from .held import Held
 from .learner import Learner
 from .logs import Record, RunLog, check_loggers, describe
 from .metadata import read_rows
@@ -43,6 +42,7 @@ from .trained import (
     find_format,
     load_trained,
 )
+from .training_state import Held
 from .validation import Validation
 from .zero import check_deepspeed
 
@@ -150,23 +150,23 @@ class Trainer:
         if self.config.cache:
             self.encoders.release()
         self.prepare()
-        done = 0 if state is None else self.saver.restore(state)
-        self.first_step = done
+        done = self.first_step = 0 if state is None else state.step
+        last = self.output if state is None else self.saver.restore(state)
         log = RunLog(self.output, done=done) if self.accelerator.is_main_process else None
         self._start_trackers()
         if done == 0:
             self._validate(0)
-        last = self.output / f"step-{done}.safetensors"
         progress = tqdm(
             total=self.num_steps,
             initial=done,
             desc="Training",
             disable=not self.accelerator.is_main_process,
         )
-        for step in range(done, self.num_steps):
+        for step in range(self.first_step, self.num_steps):
             started = time.perf_counter()
             record, ending = self._step(step, started)
             self._log(log, record, progress)
+            done = step + 1
             if self.saver.is_due(step + 1) or ending:
                 last = self.saver.save(step + 1)
                 if log:
@@ -178,7 +178,7 @@ class Trainer:
                 break
         progress.close()
         self.accelerator.end_training()
-        self.saver.finish(last, is_whole=not self.stop.received)
+        self.saver.finish(last, step=done)
         return last
 
     def _step(self, step: int, started: float) -> tuple[Record, bool]:

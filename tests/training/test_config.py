@@ -149,6 +149,15 @@ def test_commands_of_the_readme(workplace, capsys):
     assert "Unknown model 'unet'" in capsys.readouterr().err
 
 
+def test_flags_of_diffsynth_without_effect_are_said(caplog):
+    line = ["--find_unused_parameters", "--dataset_num_workers", "4", "--task", "sft"]
+    assert parse(*arguments(), *line) == parse(*arguments())
+    assert (
+        "--dataset_num_workers has no effect: latents and embeddings are read from the cache." in caplog.text
+    )
+    assert caplog.text.count("has no effect") == 3
+
+
 def test_help_is_in_sections_and_says_what_switches_off(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
@@ -156,7 +165,7 @@ def test_help_is_in_sections_and_says_what_switches_off(capsys):
     assert "usage: qwenimage train --dataset_base_path FOLDER (--lora_base_model dit" in text
     for section in ("dataset:", "model:", "training:", "what is trained:", "memory:", "saved files:"):
         assert f" {section} --" in text
-    assert "--no_cache Encode pictures and captions anew in every step" in text
+    assert "--no_cache Do not: encode pictures and captions once before the first step" in text
     assert "do not:" not in text
 
 

@@ -191,6 +191,29 @@ def test_one_run_per_folder_and_no_silent_overwriting(workplace):
         train(config(max_steps=1))
 
 
+def test_a_run_goes_on_where_it_is_and_keeps_what_it_wrote(tmp_path, workplace):
+    settings = {"max_steps": 4, "save_steps": 1}
+    train(config(**settings, keep_states=4))
+    with pytest.raises(ValueError, match=r"holds step-4.state, which going on from out/step-1"):
+        train(config(**settings, resume_from="out/step-1.state"))
+    train(
+        config(max_steps=2, save_steps=1, keep_states=1, output_path="branch", resume_from="out/step-1.state")
+    )
+    assert [step for step, _ in list_states(Path("branch"))] == [2]
+    shutil.copytree("out/step-4.state", "branch/step-4.state")
+    save_state(Path("branch"), made_state(3), keep=1)
+    assert [step for step, _ in list_states(Path("branch"))] == [3]
+
+
+def test_resuming_a_finished_run_returns_its_weights(workplace):
+    first = train(config(num_epochs=1))
+    assert first.name == "epoch-0.safetensors"
+    assert train(config(num_epochs=1, resume_from="latest")) == first
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match="epoch-0.safetensors of the saved state are not there"):
+        train(config(num_epochs=1, resume_from="latest"))
+
+
 def test_resuming_something_else_is_refused_or_said(workplace, caplog):
     train(config(max_steps=2))
     with pytest.raises(ValueError, match="keep lora_rank"):
