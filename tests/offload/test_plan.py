@@ -124,7 +124,7 @@ def test_blocks_by_name():
     expected = run(model, inputs)
     names = ["transformer_blocks.1", "transformer_blocks.3"]
     smallest = plan_stream(model, None, blocks=names, split=False).smallest_bytes
-    plan = stream(model, device="cpu", vram_limit=smallest, blocks=names)
+    plan = stream(model, device="cpu", vram_limit=smallest, blocks=names, split=False)
     assert [block.name for block in plan.blocks] == names
     assert torch.equal(run(model, inputs), expected)
 
