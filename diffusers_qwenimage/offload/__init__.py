@@ -8,16 +8,17 @@
 |---|---|
 | stream.py | `stream`, `unstream`, `streamed` |
 | adopt.py | `adopt`: weights from files straight to where they will live |
+| empty.py | modules on the meta device: what their tensors shall be, and hanging them in |
 | plan.py | what stays on the device and what streams, for a budget |
 | survey.py | the blocks of a module, and the rest |
 | state.py | a module that streams: placing weights, hooks, undoing both |
 | placing.py | weights to where they will live |
 | reading.py | bytes of files into memory, many tensors by one call |
-| visits.py | what happens around the forward of a block |
+| block_visits.py | what happens around the forward of a block |
 | ring.py | slots on the device, and which block comes next |
-| lanes.py | copies beside the work: a stream and events |
+| copy_lane.py | copies beside the work: a stream and events |
 | mapped.py | weights that stay in a memory-mapped file |
-| passage.py | `passing`: modules that visit the device once |
+| one_visit.py | `passing`: modules that visit the device once |
 | memory.py | pinned host memory without rounding |
 | layout.py | tensors behind each other in one slab |
 | recording.py | a streamed module inside of a CUDA graph |
@@ -25,7 +26,7 @@
 """
 
 from .adopt import adopt
-from .passage import passing
+from .one_visit import passing
 from .plan import BlockPlan, Source, StreamPlan, Surveys, plan_stream, surveys_of
 from .stream import fetched_bytes, rest, stream, streamed, unstream
 from .survey import find_blocks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .lanes import Lane, Mark
+from .copy_lane import Lane, Mark
 from .memory import HostMemory, HostSlab
 from .ring import Feeder, Slot, Unit
 
@@ -56,6 +56,14 @@ class MappedFeeder(Feeder):
         order = _Order(unit=unit, slot=slot, given=threading.Event())
         self._last[id(slot)] = order
         self._orders.put(order)
+
+    def has_failed(self, slot: Slot) -> bool:
+        """Whether the thread could not read what was asked for last; waits for it."""
+        order = self._last.get(id(slot))
+        if order is None:
+            return False
+        order.given.wait()
+        return order.error is not None
 
     def arrive(self, slot: Slot) -> None:
         """Wait until the thread has sent the block on, then let the device wait for it.

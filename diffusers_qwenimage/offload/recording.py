@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .lanes import CudaLane
+from .copy_lane import CudaLane
 from .state import Streaming, state_of
 
 

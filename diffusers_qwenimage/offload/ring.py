@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .lanes import Lane, Mark
+from .copy_lane import Lane, Mark
 from .layout import Layout
 from .memory import HostSlab, device_slab
 from .survey import Member
@@ -94,6 +94,10 @@ class Feeder:
         size = unit.layout.num_bytes
         self._lane.copy(slot.memory[:size], unit.slab.tensor[:size], after=slot.free, done=[slot.ready])
 
+    def has_failed(self, slot: Slot) -> bool:
+        """Whether what was started last came to nothing: it may have been long ago, ahead of a visit."""
+        return False
+
     def arrive(self, slot: Slot) -> None:
         """Let the work given from now on wait for what was started last."""
         self._lane.wait(slot.ready)
@@ -144,7 +148,7 @@ class Ring:
         if slot is None:
             slot = self._place_for(index, with_gradient)
             self._fetch(index, slot)
-        elif self._is_stale(slot):
+        elif self._is_stale(slot) or self._feeder.has_failed(slot):
             self._fetch(index, slot)
         self._feeder.arrive(slot)
         slot.borrowed = True

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from diffusers_qwenimage.hooked import STREAM_HOOK
 
+from .block_visits import NO_COPY, Visits, release_adapters
+from .copy_lane import Lane, lane_to
 from .hooks import (
     CALL_HOOK,
     GATHER_HOOK,
@@ -19,14 +21,12 @@ from .hooks import (
     refuse_accelerate,
     remove,
 )
-from .lanes import Lane, lane_to
 from .mapped import MappedFeeder
 from .memory import device_slab
 from .placing import Progress, bring_home
 from .plan import Placement
 from .ring import Feeder, Ring, Slot, Unit
 from .survey import Member, members_of
-from .visits import NO_COPY, Visits, release_adapters
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@
 The module's blocks keep a part of their weights on the device. The rest lies in pinned host memory, one piece
 per block, and is copied to a ring of slots on the device while earlier blocks compute. Results are those of
 the fully resident module, bit for bit. See plan.py for what stays, ring.py for the order of copies and
-visits.py for what happens around a block.
+block_visits.py for what happens around a block.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_qwenimage.offload.lanes import Mark, lane_to
+from diffusers_qwenimage.offload.copy_lane import Mark, lane_to
 from diffusers_qwenimage.offload.memory import HostMemory, HostSlab, device_slab
 
 NUM_SLOTS = 3

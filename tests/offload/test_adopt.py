@@ -137,7 +137,7 @@ def test_reading_that_fails_is_told_and_survived(folder, monkeypatch):
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers_qwenimage.offload.lanes.DirectLane.copy", fail)
+        patch.setattr("diffusers_qwenimage.offload.copy_lane.DirectLane.copy", fail)
         for _ in range(3):
             with pytest.raises(OSError, match="the disk is gone"):
                 for _ in range(2):

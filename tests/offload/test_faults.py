@@ -10,7 +10,7 @@ from peft import LoraConfig
 from diffusers_qwenimage import kernels
 from diffusers_qwenimage.checkpoint import empty_module, from_tensors
 from diffusers_qwenimage.offload import adopt, stream, streamed, unstream
-from diffusers_qwenimage.offload.lanes import DirectLane
+from diffusers_qwenimage.offload.copy_lane import DirectLane
 from diffusers_qwenimage.quantize import quantize_
 
 PLACING = (
@@ -138,7 +138,7 @@ def test_a_copy_fails(error, num_slots, way, monkeypatch):
     stream(model, device="cpu", vram_limit=3 * limit, num_slots=num_slots, split=split)
     for number in range(1, 12):
         with monkeypatch.context() as patch:
-            inject(patch, "diffusers_qwenimage.offload.lanes.DirectLane.copy", number, error)
+            inject(patch, "diffusers_qwenimage.offload.copy_lane.DirectLane.copy", number, error)
             for _ in range(2):
                 try:
                     assert torch.equal(run(model, inputs), expected)

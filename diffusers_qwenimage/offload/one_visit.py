@@ -6,13 +6,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .lanes import lane_to
+from .block_visits import Visits
+from .copy_lane import lane_to
 from .mapped import MappedFeeder
 from .memory import device_slab
 from .placing import is_plain, layout_for
 from .ring import Ring, Slot, Unit
 from .survey import members_of
-from .visits import Visits
 
 Module = TypeVar("Module", bound=nn.Module)
 NUM_SLOTS = 2
