@@ -262,7 +262,7 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
     if set_allocator is not None and setting.device.type == "cuda":  # as PYTORCH_CUDA_ALLOC_CONF does
         set_allocator("expandable_segments:True")
     started = time.perf_counter()
-    plan = stream(ours.model, device=setting.device, vram_limit=budget, on_call=())
+    plan = stream(ours.model, device=setting.device, vram_limit=budget, on_call=(), split=False)
     release()
     setting.note(setting.label(f"{name}: placed in"), time.perf_counter() - started, "s")
     setting.note(setting.label(f"{name}: streamed twice a step"), plan.streamed_bytes / GIB, "GiB")
