@@ -1,4 +1,4 @@
-"""What was chosen by timing, timed again: how the blocks are put together, and the library's algorithms.
+"""What was chosen by timing, timed again: how the blocks are put together, and the kernels' programs.
 
     python benchmarks/kernels.py --sweep
 
@@ -22,26 +22,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_qwenimage import QwenImageTransformer2DModel, fused
-from diffusers_qwenimage.handover import Handover
-from diffusers_qwenimage.kernels import cublaslt, norm, rope, set_backend
+from diffusers_qwenimage.block_boundary import Handover
+from diffusers_qwenimage.kernels import norm, rope, set_backend
 
 WIDTH, HEADS, TEXT, BLOCKS = 3072, 24, 128, 12
 COPIES = 4  # of inputs, so that none is in a cache
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 GRIDS = (83, 64)  # rows and columns of tokens of 1328x1328 and 1024x1024
-CHOICES = {  # tiles of products of few and of many tokens, outputs x tokens
-    "text 256x128": (cublaslt.TILE_256x128, None),
-    "text 128x128": (cublaslt.TILE_128x128, None),
-    "image 256x128": (None, cublaslt.TILE_256x128),
-    "both 256x128": (cublaslt.TILE_256x128, cublaslt.TILE_256x128),
-}
-LAYERS = (
-    ("qkv", WIDTH, 3 * WIDTH, False),
-    ("out", WIDTH, WIDTH, False),
-    ("up", WIDTH, 4 * WIDTH, True),
-    ("down", 4 * WIDTH, WIDTH, False),
-)
 Run = Callable[[], object]
 
 
@@ -89,30 +77,8 @@ def sweep_forward() -> None:
             "as a graph": recorded(call),
             "no text products": choosing(model, no_text, call),
         }
-        expected = call()
-        for name, (few, many) in CHOICES.items():
-            arms[name] = having(cublaslt, {"tile_of_few": few, "tile_of_many": many}, call)
-            print(f"{name} | {relative(arms[name](), expected):.1e} from the usual tiles")
         in_rounds(f"{BLOCKS} blocks, {grid}x{grid} tokens", arms, seconds=0.1, rounds=3)
-        for name in ("as it is", next(iter(CHOICES))):
-            print(f"A block in the middle, {name}:")
-            timeline(arms[name])
-    for key, (_, proposal) in cublaslt._of_thread.__dict__.get("chosen", {}).items():
-        print(*key, "| torch's" if proposal is None else proposal.configuration)
-
-
-def sweep_products() -> None:
-    """cuBLASLt's proposals for the products of the image stream."""
-    for tokens in (grid * grid for grid in GRIDS):
-        for name, inputs, outputs, with_gelu in LAYERS:
-            x, weight, bias = random(tokens, inputs), random(outputs, inputs), random(outputs)
-            out = torch.empty(tokens, outputs, device=DEVICE, dtype=DTYPE)
-            multiply = cublaslt.Product(problem_of(tokens, weight, with_gelu), x.device)
-            arms: dict[str, Run] = {}
-            for rank, proposal in enumerate(multiply.proposals(8)):
-                described = " ".join(f"{key} {value}" for key, value in proposal.configuration.items())
-                arms[f"#{rank} {described}"] = partial(multiply, out, x, weight, bias, proposal)
-            in_rounds(f"{name}, {tokens}", arms, seconds=0.02, flop=2 * tokens * inputs * outputs)
+        timeline(call)
 
 
 def sweep_attention() -> None:
@@ -171,7 +137,6 @@ def sweep_rope() -> None:
 SWEEPS: dict[str, Callable[[], None]] = {
     "forward": sweep_forward,
     "attention": sweep_attention,
-    "products": sweep_products,
     "norm": sweep_norm,
     "rope": sweep_rope,
 }
@@ -243,19 +208,6 @@ def _set(plans: list[Any], names: list[str], values: list[list[Any]]) -> None:
             setattr(plan, name, part)
 
 
-def problem_of(tokens: int, weight: Tensor, with_gelu: bool) -> cublaslt.Problem:
-    """The product of so many tokens with a weight."""
-    outputs, inputs = weight.shape
-    return cublaslt.Problem(
-        num_rows=tokens,
-        inputs=inputs,
-        outputs=outputs,
-        stride=outputs,
-        dtype=weight.dtype,
-        with_gelu=with_gelu,
-    )
-
-
 def having(owner: Any, settings: dict[str, object], call: Run) -> Run:
     """The call while these attributes have these values."""
 
@@ -323,11 +275,6 @@ def in_rounds(
             state = f", {clock:.0f} MHz, {power:.0f} W"
         figures = " ".join(f"{value:.1f}" for value in values)
         print(f"{title} | {statistics.median(values):.1f} us ({figures}){rate}{state} | {label}", flush=True)
-
-
-def relative(got: Any, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||."""
-    return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
 def several(run: Run, number: int, states: list[tuple[float, float]] | None = None) -> float:

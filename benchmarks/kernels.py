@@ -1,6 +1,6 @@
 """The fused operations one by one, at the sizes of a 1328x1328 picture with 128 text tokens.
 
-    python benchmarks/kernels.py [--results FILE] [--sweep [forward attention products norm rope]]
+    python benchmarks/kernels.py [--results FILE] [--sweep [forward attention norm rope]]
 
 First the relative difference of every kernel to its reference, then times against what it replaces. "GB/s"
 counts every input read once and every output written once.

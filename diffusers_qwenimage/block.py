@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from .handover import Handover
+from .block_boundary import Handover
 from .hooked import comes_in_parts, is_hooked, is_only_streamed
 from .kernels import backend
 from .rotary import rotate

@@ -30,7 +30,7 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from .handover import Handover
+from .block_boundary import Handover
 from .hooked import is_hooked
 from .kernels import backend
 from .kernels.norm import attention_norm, mlp_add, mlp_add_norm, mlp_norm

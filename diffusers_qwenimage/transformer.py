@@ -37,7 +37,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
-from .handover import Handover
+from .block_boundary import Handover
 from .hooked import is_hooked
 from .kernels import backend
 from .offload import passing, streamed

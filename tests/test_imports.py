@@ -15,7 +15,7 @@ LAYERS = [
         "block",
         "fused",
         "fused_parts",
-        "handover",
+        "block_boundary",
         "hooked",
         "fused_training",
         "plan",

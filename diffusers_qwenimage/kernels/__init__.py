@@ -8,7 +8,6 @@ other device, the Triton kernel, and the public operation. The files import Trit
 | norm.py | gate + residual + LayerNorm + modulation in one pass over the tokens |
 | rope.py | RMSNorm of queries and keys + rotary positions, in place in a joint [text; image] buffer |
 | matmul.py | linear layers written into given memory, with GELU at the end of the matrix product |
-| cublaslt.py | the same with tiles of our choice, on compute capability 9.0 |
 | rows.py, quantized.py, int8.py | values in 8 bits: their meaning, quantising, products |
 | norm_backward.py, rope_backward.py, attention_backward.py | gradients |
 | vae_norm.py, vae_attention.py | the autoencoder's norms with what is added before, and its one wide head |

@@ -2,7 +2,7 @@
 
 In bf16 the vendor's matrix products are the fastest there are, and they can add the bias and apply GELU
 (tanh) before they write: no Triton kernel here. GELU before the write saves one pass over 4 D values per
-token; its input is then not rounded to bf16. Which tiles are used can be chosen (cublaslt.py).
+token; its input is then not rounded to bf16.
 
 Shapes: N tokens, I inputs, O outputs; weight [O, I] as in `nn.Linear`.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from . import backend
-from .cublaslt import multiply
 
 _CUBIC = 0.044715  # of the tanh approximation, arXiv 1606.08415
 _FACTOR = 0.7978845608028654  # sqrt(2 / pi)
@@ -35,16 +34,13 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """Write the linear layer of `x` [N, I] into `out` [N, O], rows of any stride. No gradients."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
-    elif multiply(x, weight, bias, out) is None:
+    else:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
 def linear_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear layer of `x` [N, I]: [N, O]. No gradients."""
-    if bias is None:
-        return torch.mm(x, weight.t())
-    y = multiply(x, weight, bias)
-    return torch.addmm(bias, x, weight.t()) if y is None else y
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor, *, triton: bool) -> Tensor:
@@ -53,9 +49,7 @@ def linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor, *, triton: bool) ->
     if not half or not triton or not x.is_cuda:
         return linear_gelu_reference(x, weight, bias)
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    result = multiply(flat, weight, bias, with_gelu=True)
-    if result is None:
-        result = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
+    result: Tensor = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
     return result if x.ndim == 2 else result.view(*x.shape[:-1], -1)
 
 

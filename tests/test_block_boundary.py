@@ -8,7 +8,7 @@ from fused_cases import DEVICE, needs_triton
 from test_fused import model, moved
 
 from diffusers_qwenimage import kernels
-from diffusers_qwenimage.handover import Handover
+from diffusers_qwenimage.block_boundary import Handover
 from diffusers_qwenimage.quantize import quantize_
 
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
