@@ -36,7 +36,7 @@ def heard(key, **_):
 driver.set_active(Driver())
 triton.knobs.runtime.jit_cache_hook = heard
 for part in (norm, rope, vae_attention, vae_norm):
-    part._run._direct = False  # tensors of a CPU have no launcher
+    part._run._why_not = "tensors of a CPU have no launcher"
 set_backend("triton")
 torch.set_grad_enabled(False)
 asked = set()

@@ -5,10 +5,11 @@ processor, hundreds of times per forward. Here the variant is found by a short k
 all pointers are multiples of 16 bytes) and is given plain addresses. Numbers must be declared
 `do_not_specialize` in the kernel, so that a variant does not depend on their values.
 
-The first call of each variant, Triton's interpreter, and versions of Triton whose internals were not checked
-take Triton's own launcher.
+The first call of each variant, Triton's interpreter, and versions of Triton or torch whose internals were not
+checked or have changed take Triton's own launcher; the reason is logged.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,8 @@ from . import triton_is_installed
 
 if triton_is_installed():
     import triton
+
+logger = logging.getLogger(__name__)
 
 # What `_launch_of` and the calls of its result assume of `CompiledKernel.run`.
 CHECKED_VERSIONS = ("3.6",)
@@ -55,8 +58,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._variants: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
-        version = ".".join(triton.__version__.split(".")[:2])
-        self._direct = version in CHECKED_VERSIONS and hasattr(kernel, "device_caches")
+        self._why_not = _why_not_direct(kernel)
 
     def __call__(
         self,
@@ -80,7 +82,9 @@ class Launcher:
             num_stages: steps of a loop that are loaded ahead; Triton's choice if not given.
         """
         device = tensors[0].get_device()
-        if self._direct and device == _current_device():
+        if self._why_not is not None:
+            _say(self._why_not)
+        elif device == _current_device():
             pointers = [tensor.data_ptr() for tensor in tensors]
             if offsets is not None:
                 for index, offset in enumerate(offsets):
@@ -105,7 +109,11 @@ class Launcher:
                 return
             if bits & 15 == 0:  # other mixtures of alignments are several variants: left to Triton
                 compiled = self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
-                self._variants[key] = _launch_of(compiled)
+                found = _launch_of(compiled)
+                if found is None:
+                    self._why_not = "what Triton compiles has other attributes"
+                else:
+                    self._variants[key] = found
                 return
         self._slowly(grid, tensors, numbers, constants, num_warps, offsets, num_stages)
 
@@ -143,16 +151,39 @@ class Launcher:
             return self._kernel[grid](*moved, *numbers, *constants, num_warps=num_warps, **options)
 
 
-def _launch_of(compiled: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+def _why_not_direct(kernel: Any) -> str | None:
+    version = ".".join(triton.__version__.split(".")[:2])
+    if not hasattr(kernel, "device_caches"):
+        return "the kernel is interpreted"
+    if version not in CHECKED_VERSIONS:
+        return f"Triton {version} was not checked, only {', '.join(CHECKED_VERSIONS)}"
+    if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
+        return "this version of torch does not tell its stream"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _say(reason: str) -> None:
+    logger.info("Kernels are launched by Triton itself, which takes more of the processor: %s.", reason)
+
+
+def _launch_of(compiled: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
     """What launches a variant, its function, and the arguments between that and the kernel's own.
 
     `CompiledKernel.run` is a Python object around a C function. What it adds is memory that some kernels ask
-    for; ours do not, and call the C function.
+    for; ours do not, and call the C function. None if Triton's classes are not as they were.
     """
+    if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+        return None
     run, settings = compiled.run, (compiled.packed_metadata, None, None, None)
+    if not all(hasattr(run, name) for name in _OF_RUN):
+        return None
     if run.global_scratch_size or run.profile_scratch_size:
         return run, compiled.function, settings
     return run.launch, compiled.function, (run.launch_cooperative_grid, run.launch_pdl, None, None, *settings)
+
+
+_OF_RUN = ("launch", "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
 
 
 def _current_device() -> int:

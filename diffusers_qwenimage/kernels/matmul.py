@@ -46,7 +46,8 @@ def linear_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_gelu_now(x: Tensor, weight: Tensor, bias: Tensor, *, triton: bool) -> Tensor:
     """`linear_gelu` without gradients; `triton`: whether the backend of the device is that."""
     half = x.dtype in (torch.bfloat16, torch.float16)  # the library's tanh is too coarse for fp32
-    if not half or not triton or not x.is_cuda:
+    # Private in torch, so it may go.
+    if not (half and triton and x.is_cuda and hasattr(torch, "_addmm_activation")):
         return linear_gelu_reference(x, weight, bias)
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     result: Tensor = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)

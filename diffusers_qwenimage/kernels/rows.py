@@ -118,7 +118,8 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
     """q @ weight.t() in int32, exact."""
     if q.shape[0] == 0:
         return q.new_zeros(0, weight.shape[0], dtype=torch.int32)
-    if q.device.type in ("cpu", "cuda") and not (q.shape[1] % 8 or weight.shape[0] % 8):
+    has_product = q.device.type in ("cpu", "cuda") and hasattr(torch, "_int_mm")  # private: it may go
+    if has_product and not (q.shape[1] % 8 or weight.shape[0] % 8):
         rows = q.shape[0]
         padding = max(32 - rows, 0) if q.device.type == "cuda" else 0  # the library wants more than 16 rows
         padded = torch.nn.functional.pad(q, (0, 0, 0, padding)) if padding else q
@@ -134,9 +135,12 @@ _EXACT_IN_FP32 = 1024  # products of int8 whose sum is below 2^24
 
 
 def has_fp8_products(device: torch.device) -> bool:
-    """Whether products of fp8 values are computed as such there; a CPU computes them in fp32."""
+    """Whether products of fp8 values are computed as such there; a CPU computes them in fp32.
+
+    Elsewhere, and without torch's private operation for them, weights of fp8 are multiplied out.
+    """
     if device.type == "cuda" and torch.version.hip is None:
-        return _capability(device) >= (8, 9)
+        return _capability(device) >= (8, 9) and hasattr(torch, "_scaled_mm")
     return device.type == "cpu"
 
 
