@@ -4,7 +4,8 @@
 
 "ours" is the fused path where the machine has an NVIDIA GPU. "plain path" is the same class without it,
 bit-equal to diffusers. Times are medians after warm-up, all arms in turn (A B C C B A) in one process.
-Checks the errors of both against fp32. Needs 50 GB of device memory for 60 blocks.
+Checks the errors of both against fp32. Needs 52 GiB of device memory for 60 blocks, 66 GiB with `--cases
+peers`: the other programs that compute this transformer (transformer_peers.py), which take a minute more.
 """
 
 import argparse
