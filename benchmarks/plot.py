@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from results import RESULTS, rows_of  # noqa: E402
 
 OUT = Path(__file__).with_name("speed.png")
+BESIDE = "1328x1328 forward beside eager peers"
 STOCK, OURS, LOSSY = "#9aa3ad", "#2f6fb3", "#7fb4e0"
 
 
@@ -32,8 +33,10 @@ class Bar:
 
 PANELS: dict[str, list[Bar]] = {
     "Forward, 1328x1328 (ms)": [
-        Bar("diffusers", "transformer", "1328x1328 forward, diffusers", STOCK),
-        Bar("ours, bf16", "transformer", "1328x1328 forward, ours, modulation tabulated", OURS),
+        Bar("diffusers", "transformer", f"{BESIDE}, diffusers", STOCK),
+        Bar("DiffSynth-Studio", "transformer", f"{BESIDE}, DiffSynth-Studio", STOCK),
+        Bar("ours, bf16", "transformer", f"{BESIDE}, ours, modulation tabulated", OURS),
+        Bar("ours, fp8", "transformer", f"{BESIDE}, ours, fp8, modulation tabulated, CUDA graph", LOSSY),
     ],
     "Guided step, 1024x1024 (ms)": [
         Bar("diffusers", "transformer", "1024x1024 step with guidance, diffusers (two forwards)", STOCK),
@@ -45,7 +48,6 @@ PANELS: dict[str, list[Bar]] = {
         ),
     ],
     "Guided step, 512x512 (ms)": [
-        Bar("diffusers", "transformer", "512x512 step with guidance, diffusers (two forwards)", STOCK),
         Bar("ours, launched", "graphs", "512x512 with guidance, step, launched", OURS),
         Bar("ours, CUDA graph", "graphs", "512x512 with guidance, step, graphs", OURS),
     ],
@@ -65,6 +67,12 @@ PANELS: dict[str, list[Bar]] = {
             STOCK,
         ),
         Bar(
+            "DiffSynth-Studio",
+            "training",
+            "1024x1024, rank 32, 60 blocks, DiffSynth-Studio, checkpointing",
+            STOCK,
+        ),
+        Bar(
             "ours, checkpointing",
             "training",
             "1024x1024, rank 32, 60 blocks, ours, bf16, checkpointing full",
@@ -75,9 +83,8 @@ PANELS: dict[str, list[Bar]] = {
         ),
     ],
     "Picture, 1328x1328, 8 guided steps (s)": [
-        Bar("diffusers", "end_to_end", "1328x1328, 8 steps with guidance, diffusers: picture", STOCK),
-        Bar("ours, bf16", "end_to_end", "1328x1328, 8 steps with guidance, ours: picture", OURS),
-        Bar("ours, fp8", "end_to_end", "1328x1328, 8 steps with guidance, ours, fp8: picture", LOSSY),
+        Bar("diffusers", "end_to_end", "1328x1328, 8 steps with guidance, diffusers: second picture", STOCK),
+        Bar("ours", "end_to_end", "1328x1328, 8 steps with guidance, ours, as loaded: second picture", OURS),
     ],
 }
 
