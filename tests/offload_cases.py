@@ -1,6 +1,7 @@
 """What the tests of streaming share: tiny models with inputs, and a lane that copies as late as it may."""
 
 import contextlib
+import threading
 
 import components
 import diffusers
@@ -67,6 +68,7 @@ class LateLane:
 
     def __init__(self, device):
         self._queue = []
+        self._lock = threading.Lock()  # a thread that reads files waits for copies too
 
     def mark(self):
         return {"copies": 0}
@@ -76,19 +78,21 @@ class LateLane:
         for name, tensor in self.model.named_parameters():
             assert not start <= tensor.data_ptr() < end, f"{name} is in use"
         target.fill_(255)  # all bits: not a number in every floating-point type
-        self._queue.append((target, source))
-        for mark in done:
-            mark["copies"] = len(self._queue)
+        with self._lock:
+            self._queue.append((target, source))
+            for mark in done:
+                mark["copies"] = len(self._queue)
 
     def reach(self, mark):
         pass
 
     def wait(self, mark):
-        for index in range(mark["copies"]):
-            if self._queue[index] is not None:
-                target, source = self._queue[index]
-                target.copy_(source)
-                self._queue[index] = None
+        with self._lock:
+            for index in range(mark["copies"]):
+                if self._queue[index] is not None:
+                    target, source = self._queue[index]
+                    target.copy_(source)
+                    self._queue[index] = None
 
     def host_wait(self, mark):
         self.wait(mark)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_qwenimage.checkpoint import Checkpoint
-from diffusers_qwenimage.checkpoint.assign import check_fits, tied_names
+from diffusers_qwenimage.checkpoint.assign import check_fits
 from diffusers_qwenimage.checkpoint.reader import DTYPES, StoredTensor
 from diffusers_qwenimage.checkpoint.scaled import ScaledCheckpoint, apply_scale, split_scales
 from diffusers_qwenimage.quantize import QuantizedLinear
 from diffusers_qwenimage.quantize.stored import stored_weight
 
+from .empty import hang, is_quantised, made_here, owner_of, tie, ties, wanted_type
 from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
 from .placing import Progress, layout_for, unit_of
@@ -79,8 +80,8 @@ def adopt(
         MemoryError, torch.OutOfMemoryError: if there is not enough memory; the module is on meta as before.
     """
     scaled = split_scales(weights)
-    check_fits(module, scaled.weights, optional=_made_here(module))
-    _tie(module)
+    check_fits(module, scaled.weights, optional=made_here(module))
+    tie(module)
     target = device_of(device)
     placement = make_plan(
         module,
@@ -271,9 +272,9 @@ class _Adoption:
                     self._put(key, value)
 
     def _is_as_wanted(self, name: str, dtype: torch.dtype | None, is_scaled: bool) -> bool:
-        if dtype is None or is_scaled or _is_quantised(self._module, name):
+        if dtype is None or is_scaled or is_quantised(self._module, name):
             return False
-        return dtype == _wanted(self._module, name) or not dtype.is_floating_point
+        return dtype == wanted_type(self._module, name) or not dtype.is_floating_point
 
     def _converted(self, name: str, tensor: Tensor, scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """A stored tensor as what the module holds for it: itself, or a quantised weight and its scales."""
@@ -283,14 +284,14 @@ class _Adoption:
         rotation = self._rotations.get(name, 0)
         value = tensor.to(self._device)  # before the cast: fewer bytes to move, and a GPU casts faster
         scale = None if scale is None else scale.to(self._device)
-        owner = _owner(self._module, name)
-        if isinstance(owner, QuantizedLinear) and _is_quantised(self._module, name):
+        owner = owner_of(self._module, name)
+        if isinstance(owner, QuantizedLinear) and is_quantised(self._module, name):
             weight, factors = stored_weight(owner, value, scale, rotation)
             yield name, weight
             yield f"{name}_scale", factors
         else:
             scaled = value if scale is None else apply_scale(value, scale, rotation)
-            yield name, scaled.to(_wanted(self._module, name))
+            yield name, scaled.to(wanted_type(self._module, name))
 
     def _put(self, key: str, value: Tensor) -> None:
         stays = self._stays.get(key)
@@ -350,7 +351,7 @@ class _Adoption:
     def _give(self) -> list[Unit]:
         """Hang the tensors into the module."""
         units: list[Unit] = []
-        ties = _ties(self._module)  # before tensors are replaced
+        shared = ties(self._module)  # before tensors are replaced
         for slab in self._slabs:
             if slab.host is not None:
                 unit = unit_of(slab.name, slab.members, slab.layout, slab.host)
@@ -359,13 +360,13 @@ class _Adoption:
             else:
                 views = slab.layout.views(slab.memory)
             for member, view in zip(slab.members, views, strict=True):
-                _hang(member, view)
+                hang(member, view)
         for key, member in self._stays.items():
             if member.tensor.is_meta:
-                _hang(member, self._left[key])
+                hang(member, self._left[key])
         if self._placement.plan.source == "mapped":
             units = self._mapped_units()
-        for owner, name, of, there in ties:
+        for owner, name, of, there in shared:
             owner._parameters[name] = of._parameters[there]
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -380,12 +381,6 @@ class _Adoption:
                 homes = [member.tensor.detach() for member in members]
                 units.append(Unit(name=block.name, members=members, layout=layout, homes=homes, slab=None))
         return units
-
-
-def _made_here(module: nn.Module) -> list[str]:
-    """Names in the state dict that come from quantising."""
-    layers = module.named_modules()
-    return [f"{name}.weight_scale" for name, layer in layers if isinstance(layer, QuantizedLinear)]
 
 
 def _check_unchanged(module: nn.Module, placement: Placement, scaled: ScaledCheckpoint) -> None:
@@ -406,51 +401,6 @@ def _check_unchanged(module: nn.Module, placement: Placement, scaled: ScaledChec
                 )
 
 
-def _tie(module: nn.Module) -> None:
-    """Weights that share a tensor share it on the meta device too, so that it is placed once."""
-    for name, target in tied_names(module).items():
-        owner, of = (module.get_submodule(key.rpartition(".")[0]) for key in (name, target))
-        owner._parameters[name.rpartition(".")[2]] = of._parameters[target.rpartition(".")[2]]
-
-
-def _ties(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
-    """Places of parameters that hang in another place too: (owner, name, other owner, name there)."""
-    first: dict[int, tuple[nn.Module, str]] = {}
-    ties = []
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) in first:
-                ties.append((owner, name, *first[id(parameter)]))
-            first.setdefault(id(parameter), (owner, name))
-    return ties
-
-
 def _flat(tensor: Tensor) -> Tensor:
     """Its bytes."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _is_quantised(module: nn.Module, name: str) -> bool:
-    """Whether this is the weight of a quantised layer."""
-    return isinstance(_owner(module, name), QuantizedLinear) and name.endswith(".weight")
-
-
-def _owner(module: nn.Module, key: str) -> nn.Module:
-    return module.get_submodule(key.rpartition(".")[0])
-
-
-def _wanted(module: nn.Module, key: str) -> torch.dtype:
-    owner, name = _owner(module, key), key.rpartition(".")[2]
-    tensor = owner._parameters.get(name)
-    return (owner._buffers[name] if tensor is None else tensor).dtype  # type: ignore[union-attr]
-
-
-def _hang(member: Member, tensor: Tensor) -> None:
-    """Replace a tensor on the meta device (or a buffer) by a real one."""
-    old = member.owner._parameters.get(member.name)
-    if old is not None:
-        member.owner._parameters[member.name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    else:
-        member.owner._buffers[member.name] = tensor
