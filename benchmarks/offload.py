@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--kind", help="then quantise: fp8, int8 or fp8-storage")
     parser.add_argument("--kind-budgets", type=float, nargs="*", default=[24, 12, 1.4], help="GiB, then")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="others, in bf16")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="others, in bf16: all, or these")
     parser.add_argument("--rows", action="store_true", help="products of fewer rows, bit for bit")
     parser.add_argument("--link", action="store_true", help="rates of pinning and of the link")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of the transformer (60)")
@@ -96,15 +96,17 @@ def main() -> None:
     if args.rows:
         compare_rows(setting, note)
     unstream(model)
-    weights = {name: value.detach() for name, value in model.state_dict().items()} if args.peers else {}
+    weights = (
+        {name: value.detach() for name, value in model.state_dict().items()} if args.peers is not None else {}
+    )
     if args.kind:
         prefix = args.kind
         quantise(model, args.kind, device, note)
         measure_budgets(model, step, setting, args.kind_budgets, note)
-    if args.peers:
+    if args.peers is not None:
         prefix = "bf16"
         unstream(model, device="meta")
-        measure_peers(args.peers, weights, setting, note)
+        measure_peers(args.peers or list(PEERS), weights, setting, note)
 
 
 def quantise(model: QwenImageTransformer2DModel, kind: str, device: torch.device, note: Note) -> None:
