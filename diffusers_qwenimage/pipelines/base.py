@@ -103,8 +103,8 @@ class QwenImagePipelineBase(
         Args:
             pretrained_model_name_or_path: folder in diffusers' layout, Hub id, or `modelscope:ORG/NAME`.
             kwargs: as in diffusers: dtype, device_map, components by name, revision... With `vram_limit`,
-                `weights` ("fp8", "int8") or `device`, weights go from the files straight to where they will
-                live, within the budget: see `from_pretrained_in_place`.
+                `weights` ("fp8", "int8"), `stream_from` or `device`, weights go from the files straight to
+                where they will live, within the budget: see `from_pretrained_in_place`.
 
         Raises:
             ValueError: if the source is neither a folder nor an id, a weight file is damaged, or the

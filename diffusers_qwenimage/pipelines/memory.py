@@ -214,9 +214,10 @@ class DiffusersVramMixin(VramManagementMixin):
             vram_limit, vram_buffer: as of `enable_vram_management`; a limit that cannot be kept is refused.
             weights: "fp8" or "int8": the transformer is quantised on its way. "fp8-storage": kept in fp8,
                 computed with in `dtype`. "bf16", "fp16", "fp32": the type of everything.
-            stream_from: "pinned": what does not fit is copied to pinned host memory first. "mapped": it stays
-                in the files, which must hold it as it is used: nothing but the resident part is read before
-                the first picture, but steps take longer. None: as of `enable_vram_management`.
+            stream_from: "pinned": what does not fit is copied to pinned host memory first, which takes about
+                a third of a second for each GB (measured on one machine). "mapped": it stays in the files,
+                which must hold it as it is used: only the resident part is read before the first picture, but
+                steps take longer. None: as of `enable_vram_management`.
             device: what to compute on; None: the GPU if there is one.
             dtype: type of the weights; bfloat16 if not given.
             demand: the largest picture to place the weights for; None: the default picture.
