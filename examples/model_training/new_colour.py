@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
-    """`number` pictures with captions: two thirds show the new colour, the others keep what is known.
+    """`number` pictures with captions: one in six shows the new colour, the others keep what is known.
 
     These stand there without a caption too: what guidance leads away from must not drift to the new colour.
     """
@@ -190,7 +190,11 @@ def draw(pipe: Any, captions: Sequence[str]) -> list[np.ndarray]:
 
 
 def scenes(number: int, seed: int, *, held_out: bool, share: float) -> list[tuple[Scene, Caption]]:
-    """Scenes of one group, `share` of them in the new colour, and their captions."""
+    """Scenes of one group, and their captions.
+
+    `share` is the chance that a scene in the new colour is taken, and that one in another colour is not; one in
+    nine that are drawn is in the new colour.
+    """
     draw = random.Random(seed)
     found = []
     while len(found) < number:
