@@ -192,8 +192,8 @@ def draw(pipe: Any, captions: Sequence[str]) -> list[np.ndarray]:
 def scenes(number: int, seed: int, *, held_out: bool, share: float) -> list[tuple[Scene, Caption]]:
     """Scenes of one group, and their captions.
 
-    `share` is the chance that a scene in the new colour is taken, and that one in another colour is not; one in
-    nine that are drawn is in the new colour.
+    `share` is the chance that a scene in the new colour is taken, and that one in another colour is not; one
+    in nine that are drawn is in the new colour.
     """
     draw = random.Random(seed)
     found = []
