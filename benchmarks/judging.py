@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from results import RESULTS
 
+from diffusers_qwenimage import latents as packing
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny"))
 from evaluate import EMBEDDED, Request  # noqa: E402
 from judge import judge  # noqa: E402
@@ -53,6 +55,25 @@ class Judges:
     def stop(self) -> None:
         """End the processes."""
         self._pool.terminate()
+
+
+def with_float32_noise(pipe: Any) -> Any:
+    """`pipe`, called with noise drawn in float32: a generator gives other values in another type."""
+
+    def call(
+        prompts: list[str], *, generator: list[torch.Generator], height: int, width: int, **rest: Any
+    ) -> Any:
+        channels = pipe.transformer.config.in_channels // packing.PATCH**2
+        rows, columns = packing.token_grid(pipe.vae_scale_factor, height, width)
+        noise = packing.initial_noise(
+            *(len(prompts), channels, rows, columns),
+            generator=generator,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        return pipe(prompts, latents=noise, height=height, width=width, **rest)
+
+    return call
 
 
 def psnr(pictures: Pictures, exact: Pictures) -> float:

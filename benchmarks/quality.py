@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import Judges, arguments, psnr
+from judging import Judges, arguments, psnr, with_float32_noise
 from results import record
 from step_reduction import CFG
 
@@ -37,7 +37,7 @@ def main() -> None:
     exact = None
     for arm in dict.fromkeys((ARMS[0], *args.arms)):
         pipe = load(args.model, arm, args.device)
-        pictures = draw(pipe, captions, steps=20, cfg=CFG, seed=0, batch=args.batch)
+        pictures = draw(with_float32_noise(pipe), captions, steps=20, cfg=CFG, seed=0, batch=args.batch)
         exact = pictures if exact is None else exact
         case = f"{len(requests)} captions, {arm}"
         record("quality", f"{case}: right", judges.percent_right(pictures), "%", path=args.results)

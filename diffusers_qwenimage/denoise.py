@@ -29,9 +29,9 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
-from .ahead import compile_transformer, finish
 from .graphs import ModelCall, forward, graphs_of, signature_of
 from .kernels import backend
+from .precompile import compile_transformer, finish
 from .prompt import pad
 from .rotary import ImageShape
 from .step_cache import Forecast, ForecastCache

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .ahead import compile_autoencoder, finish
+from .precompile import compile_autoencoder, finish
 
 PATCH = 2  # side of the square of latent pixels that a token holds
 Generators = torch.Generator | list[torch.Generator] | None

@@ -62,7 +62,7 @@ class PromptEncoder:
         Without a text encoder, prompts that were encoded before are still known.
 
         Raises:
-            ValueError: if the tokenizer is not Qwen's, a prompt is no valid text, or it is not known any more.
+            ValueError: if the tokenizer is not Qwen's, or a prompt is no valid text or not known any more.
         """
         if text_encoder is None and self._cache:
             return self._remembered(prompts, device)
@@ -76,6 +76,8 @@ class PromptEncoder:
         new = self._run(text_encoder, tokenizer, [text for text, _, _ in missing], device)
         self._cache.update(zip(missing, new, strict=True))
         embeds = [self._cache[key] for key in keys]
+        for key in keys:
+            self._cache.move_to_end(key)  # what was asked for longest ago is forgotten first
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return embeds
@@ -88,8 +90,8 @@ class PromptEncoder:
         known = {text: embeds for (text, _, place), embeds in self._cache.items() if place == device}
         if missing := [text for text in prompts if text not in known]:
             raise ValueError(
-                f"The text encoder was freed, and {missing[0]!r} is not among the last {len(known)} prompts. Pass "
-                "prompt_embeds, or give the pipeline a text encoder: pipe.register_modules(text_encoder=...)."
+                f"The text encoder was freed, and {missing[0]!r} is not among the last {len(known)} prompts. "
+                "Pass prompt_embeds, or pipe.register_modules(text_encoder=...)."
             )
         return [known[text] for text in prompts]
 

@@ -11,7 +11,7 @@ PACKAGE = Path(diffusers_qwenimage.__file__).parent
 LAYERS = [
     {"kernels", "images", "schedule", "files", "rotary", "checkpoint", "version"},
     {
-        "ahead",
+        "precompile",
         "block",
         "fused",
         "fused_parts",

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_qwenimage import latents as packing
-from diffusers_qwenimage.ahead import compile_autoencoder
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.images import open_image
 from diffusers_qwenimage.loading import load_scheduler
@@ -26,6 +25,7 @@ from diffusers_qwenimage.pipelines.memory import VramManagementMixin
 from diffusers_qwenimage.pipelines.needs import Demand, demand_of
 from diffusers_qwenimage.pipelines.sizes import recorded_sample_size, warn_if_far
 from diffusers_qwenimage.pipelines.vram_plan import Parts
+from diffusers_qwenimage.precompile import compile_autoencoder
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusers_qwenimage import latents as packing
-from diffusers_qwenimage.ahead import compile_autoencoder
 from diffusers_qwenimage.denoise import DenoiseInputs, OnStep, PromptEmbeds, denoise
 from diffusers_qwenimage.graphs import release_when_full
 from diffusers_qwenimage.loading import check_source, model_folder
+from diffusers_qwenimage.precompile import compile_autoencoder
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder, pad, unpad
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage

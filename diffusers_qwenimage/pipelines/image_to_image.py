@@ -14,6 +14,7 @@ from diffusers_qwenimage.images import ImageInput, prepare_images
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
+from .calls import one_at_a_time
 from .presets import with_preset
 from .text import Text, guidance_interval
 from .text_to_image import check_latents
@@ -22,6 +23,7 @@ from .text_to_image import check_latents
 class QwenImageImg2ImgPipeline(QwenImagePipelineBase):
     """Image to image with Qwen-Image; arguments and results are those of diffusers' pipeline of this name."""
 
+    @one_at_a_time
     @with_preset
     @torch.no_grad()
     def __call__(

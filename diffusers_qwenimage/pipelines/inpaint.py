@@ -17,6 +17,7 @@ from diffusers_qwenimage.images import ImageInput, prepare_images
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
+from .calls import one_at_a_time
 from .image_to_image import clean_and_noise, for_each_picture
 from .presets import with_preset
 from .text import Text, guidance_interval
@@ -45,6 +46,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
             do_convert_grayscale=True,
         )
 
+    @one_at_a_time
     @with_preset
     @torch.no_grad()
     def __call__(

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from diffusers_qwenimage.ahead import compile_both
 from diffusers_qwenimage.checkpoint import Checkpoint
 from diffusers_qwenimage.offload import Source
 from diffusers_qwenimage.offload.stream import device_of
+from diffusers_qwenimage.precompile import compile_both
 
 from .in_place import open_components
 from .memory_report import MemoryReport, component_reports

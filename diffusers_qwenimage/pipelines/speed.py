@@ -11,9 +11,9 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from diffusers_qwenimage.ahead import call_once, compile_both, finish
 from diffusers_qwenimage.graphs import LAUNCH_BOUND, graphs_of, signature_of
 from diffusers_qwenimage.kernels import backend
+from diffusers_qwenimage.precompile import call_once, compile_both, finish
 from diffusers_qwenimage.step_cache import ForecastCache
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 
@@ -216,6 +216,9 @@ def _choose_attention(transformer: QwenImageTransformer2DModel, wanted: str | No
     times = attention_times(
         config.num_attention_heads, config.attention_head_dim, device=weight.device, dtype=weight.dtype
     )
+    if "native" not in times:
+        chosen.add("attention", "native", "torch chooses; it could not be timed here")
+        return
     best = min(times, key=times.__getitem__)
     if times[best] > WORTH_IT * times["native"]:
         best = "native"
@@ -227,7 +230,11 @@ def _choose_attention(transformer: QwenImageTransformer2DModel, wanted: str | No
 def attention_times(
     num_heads: int, head_dim: int, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Milliseconds of the exact attention backends that run here, on views of a joint buffer as in blocks."""
+    """Milliseconds of the exact attention backends that run here, on views of a joint buffer as in blocks.
+
+    Raises:
+        torch.OutOfMemoryError: if the device has no room for the attention of a picture of 1024x1024.
+    """
     qkv = torch.randn(1, TOKENS, 3, num_heads, head_dim, device=device, dtype=dtype)
 
     def attend(name: str) -> Tensor:
@@ -241,6 +248,8 @@ def attention_times(
     for name in ATTENTION_BACKENDS:
         try:
             attend(name)
+        except torch.OutOfMemoryError:  # says nothing about the backend
+            raise
         except BACKEND_ERRORS as error:
             logger.info("Attention backend %s: %s", name, error)
             continue
@@ -250,17 +259,18 @@ def attention_times(
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of a call: the best of a few rows of calls, since only delays make one slower."""
-    for _ in range(CALLS):  # warm-up: kernels are loaded and plans made
-        run()
     times: list[float] = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(CALLS):
+    with torch.cuda.device(device):  # events are recorded on the current one
+        for _ in range(CALLS):  # warm-up: kernels are loaded and plans made
             run()
-        end.record()
-        torch.cuda.synchronize(device)
-        times.append(start.elapsed_time(end) / CALLS)
+        for _ in range(3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(CALLS):
+                run()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(end) / CALLS)
     return min(times)
 
 

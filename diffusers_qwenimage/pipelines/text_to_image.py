@@ -12,6 +12,7 @@ from diffusers_qwenimage.denoise import DenoiseInputs
 from diffusers_qwenimage.schedule import even_sigmas, set_timesteps
 
 from .base import CallbackOnStepEnd, QwenImagePipelineBase, seeded
+from .calls import one_at_a_time
 from .presets import with_preset
 from .text import Text, guidance_interval
 
@@ -19,6 +20,7 @@ from .text import Text, guidance_interval
 class QwenImagePipeline(QwenImagePipelineBase):
     """Text to image with Qwen-Image; arguments and results are those of diffusers' QwenImagePipeline."""
 
+    @one_at_a_time
     @with_preset
     @torch.no_grad()
     def __call__(

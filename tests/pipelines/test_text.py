@@ -1,5 +1,7 @@
 """Prompts through whole pipelines, against diffusers, and its bugs that are not inherited."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
 import numpy as np
 import pytest
@@ -153,3 +155,12 @@ def test_text_encoder_is_not_freed_under_vram_management(model_folder):
     pipe.enable_vram_management(device="cpu")
     with pytest.raises(ValueError, match="disable_vram_management"):
         pipe.free_text_encoder()
+
+
+def test_threads_wait_for_each_other(model_folder):
+    pipe = QwenImagePipeline.from_pretrained(model_folder)
+    arguments = {"prompt": "a red circle", **SIZE, "num_inference_steps": 4}
+    expected = pipe(seed=0, **arguments).images
+    with ThreadPoolExecutor(4) as pool:
+        pictures = list(pool.map(lambda _: pipe(seed=0, **arguments).images, range(4)))
+    assert all(np.array_equal(picture, expected) for picture in pictures)

@@ -9,7 +9,7 @@ import torch
 from components import transformers, vaes
 from fused_cases import needs_triton
 
-from diffusers_qwenimage.ahead import call_once, compile_autoencoder, compile_transformer, finish
+from diffusers_qwenimage.precompile import call_once, compile_autoencoder, compile_transformer, finish
 from diffusers_qwenimage.transformer import QwenImageTransformer2DModel
 from diffusers_qwenimage.vae import AutoencoderKLQwenImage
 
