@@ -74,9 +74,16 @@ def model_of(way, num_layers=NUM_BLOCKS):
     return model, split
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("target", PLACING)
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("again", "way"),
+    [
+        (False, "parts in fp8"),
+        (True, "parts"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "blocks"), (True, "blocks"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "parts"), (True, "parts in fp8"))),
+    ],
+)
 def test_placing_fails(target, again, way, monkeypatch):
     (model, split), inputs = model_of(way, num_layers=2), transformer_inputs()
     expected = run(model, inputs)
@@ -128,7 +135,7 @@ def test_adopting_fails(target, monkeypatch):
     assert torch.equal(run(model, inputs), expected)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["blocks", "parts in fp8"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), KeyboardInterrupt()])
 @pytest.mark.parametrize("num_slots", [1, 3])
 def test_a_copy_fails(error, num_slots, way, monkeypatch):
