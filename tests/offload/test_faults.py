@@ -154,7 +154,7 @@ def test_a_copy_fails(error, num_slots, way, monkeypatch):
         assert torch.equal(run(model, inputs), expected)
 
 
-@pytest.mark.parametrize("kind", [None, "fp8"])
+@pytest.mark.parametrize("kind", [None, pytest.param("fp8", marks=pytest.mark.slow)])
 def test_an_operation_between_the_parts_of_a_block_fails(kind, monkeypatch):
     """On the fused path, which reads weights without calling the parts, and writes over its stream."""
     model, inputs = model_of("parts" if kind is None else "parts in fp8")[0], transformer_inputs()
