@@ -121,13 +121,15 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
     print(f"weights: {age():.1f} s", flush=True)
     measured = [Case(side, steps, args) for side, steps in cases]
     draws: dict[str, Draw] = {}
+    failed = []
     for name in args.arms:
         try:
             draws[name] = first_pictures(name, weights, measured)
         except ImportError as error:
             print(f"{name}: left out, {error}", flush=True)
-        except Exception:  # a peer's failure must not hide the figures of the others
+        except Exception:  # the figures of the other arms are still wanted; the exit code tells
             traceback.print_exc()
+            failed.append(name)
             for case in measured:
                 case.times.pop(name, None)
                 case.pictures.pop(name, None)
@@ -136,7 +138,10 @@ def compare(args: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
             for case in measured:
                 case.draw(name, draws[name])
     for case in measured:
-        case.report()
+        if case.pictures:
+            case.report()
+    if failed:
+        raise SystemExit(f"Failed, see above: {', '.join(failed)}")
 
 
 def first_pictures(name: str, weights: Weights, measured: list[Case]) -> Draw:

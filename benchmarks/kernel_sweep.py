@@ -39,15 +39,19 @@ def sweep(cases: list[str]) -> None:
         properties = torch.cuda.get_device_properties(0)
         print(f"{properties.name}, {properties.multi_processor_count} processors", flush=True)
     set_backend("auto")
+    failed = []
     with torch.no_grad():
         for name, function in SWEEPS.items():
             if name in (cases or SWEEPS):
                 start = time.perf_counter()
                 try:
                     function()
-                except Exception:  # the other cases go on
+                except Exception:  # the other cases are still wanted; the exit code tells
                     traceback.print_exc()
+                    failed.append(name)
                 print(f"-- {name}: {time.perf_counter() - start:.1f} s", flush=True)
+    if failed:
+        raise SystemExit(f"Failed, see above: {', '.join(failed)}")
 
 
 def sweep_forward() -> None:

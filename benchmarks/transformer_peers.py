@@ -26,7 +26,9 @@ ATTENTION = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "s
 EAGER = ("diffusers, quickest attention", "DiffSynth-Studio", "diffusers + torchao float8")
 COMPILED = ("diffusers, compiled", "diffusers + torchao float8, compiled")
 PEERS = (*EAGER, *COMPILED)
-MISSING = (ImportError, ValueError, RuntimeError, NotImplementedError, AssertionError)
+# How peers say that they do not run here: a package that is absent, an option or shape they refuse, a device
+# without an operation (torch's NotImplementedError), checks of theirs. Always printed; ours is never caught.
+REFUSALS = (ImportError, ValueError, RuntimeError, NotImplementedError, AssertionError)
 
 
 def compare_peers(
@@ -49,7 +51,7 @@ def compare_peers(
                 arm = functools.partial(forward, **one)
                 try:
                     seconds, (got, *_) = first(arm)
-                except MISSING as error:
+                except REFUSALS as error:
                     skip(name, error)
                     continue
                 expected = got if expected is None else expected
@@ -98,7 +100,7 @@ class Peers:
         for name in names:
             try:
                 yield name, self._makers[name]()
-            except MISSING as error:
+            except REFUSALS as error:
                 skip(name, error)
 
     @functools.cached_property
@@ -113,7 +115,7 @@ class Peers:
             try:
                 with attention_backend(name), torch.no_grad():
                     times[name] = min(timed(lambda: model(**inputs), 2))
-            except MISSING as error:
+            except REFUSALS as error:
                 skip(f"diffusers, attention {name}", error)
         quickest = min(times, key=lambda name: times[name])
         print(f"diffusers' attention at 1024x1024, ms: {times}; quickest: {quickest}", flush=True)
@@ -206,7 +208,7 @@ def compare_step_caches(
     case = f"{side}x{side}, {num_steps} steps without guidance"
     try:
         arms["diffusers + cache-dit"] = cached = _with_cache_dit(ours, one, num_steps)
-    except MISSING as error:
+    except REFUSALS as error:
         skip("diffusers + cache-dit", error)
     else:
         exact = _denoise(lambda step, **x: stock(**x), one, num_steps)

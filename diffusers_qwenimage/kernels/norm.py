@@ -19,6 +19,15 @@ from torch import Tensor
 
 from . import backend, triton_is_installed
 from .launch import Launcher, Variant, num_processors, power_of_2
+from .norm_reference import (
+    EPSILON,
+    gate_add_reference,
+    gate_norm_modulate_reference,
+    norm_gradients,
+    norm_modulate_reference,
+    per_token,
+    sum_tokens,
+)
 from .rows import LIMITS, Rows, Target, quantize_rows_reference
 
 if triton_is_installed():
@@ -27,48 +36,7 @@ if triton_is_installed():
 
     from .quantized import quantize_row
 
-EPSILON = 1e-6
-
-
-# 1. Reference
-
-
-def norm_modulate_reference(
-    x: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = None, eps: float = EPSILON
-) -> Tensor:
-    """h, for x' = x."""
-    wide = x.float()
-    normalised = torch.nn.functional.layer_norm(wide, wide.shape[-1:], eps=eps)
-    h = normalised * (1 + _per_token(scale, x, index)) + _per_token(shift, x, index)
-    return h.to(x.dtype)
-
-
-def gate_add_reference(x: Tensor, y: Tensor, gate: Tensor, index: Tensor | None = None) -> Tensor:
-    """x'."""
-    return (x.float() + _per_token(gate, x, index) * y.float()).to(x.dtype)
-
-
-def gate_norm_modulate_reference(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    index: Tensor | None = None,
-    eps: float = EPSILON,
-) -> tuple[Tensor, Tensor]:
-    """x' and h."""
-    total = gate_add_reference(x, y, gate, index)
-    return total, norm_modulate_reference(total, scale, shift, index, eps)
-
-
-def _per_token(parameter_MD: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """The modulation as fp32 that broadcasts over the tokens of `x`."""
-    rows = parameter_MD.float()
-    return rows if index is None else rows[index.long()].view(x.shape)
-
-
-# 2. Triton
+# 1. Triton
 
 if triton_is_installed():
 
@@ -246,7 +214,7 @@ def variants(width: int, dtype: torch.dtype) -> list[Variant]:
     ]
 
 
-# 3. Public
+# 2. Public
 
 
 def norm_modulate(
@@ -427,7 +395,7 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _norm_backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, index = ctx.saved_tensors
-    grad_x, grad_scale, grad_shift = _norm_gradients(x, scale, index, ctx.eps, grad_h)
+    grad_x, grad_scale, grad_shift = norm_gradients(x, scale, index, ctx.eps, grad_h)
     return grad_x.to(x.dtype), grad_scale, grad_shift, None, None
 
 
@@ -439,34 +407,11 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _gate_backward(ctx: Any, grad_total: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
     y, gate, scale, index, total = ctx.saved_tensors
-    grad, grad_scale, grad_shift = _norm_gradients(total, scale, index, ctx.eps, grad_h)
+    grad, grad_scale, grad_shift = norm_gradients(total, scale, index, ctx.eps, grad_h)
     grad = grad + grad_total.float()
-    grad_y = (grad * _per_token(gate, y, index)).to(y.dtype)
-    grad_gate = _sum_tokens(grad * y.float(), gate, index)
+    grad_y = (grad * per_token(gate, y, index)).to(y.dtype)
+    grad_gate = sum_tokens(grad * y.float(), gate, index)
     return grad.to(total.dtype), grad_y, grad_gate, grad_scale, grad_shift, None, None
-
-
-def _norm_gradients(
-    x: Tensor, scale: Tensor, index: Tensor | None, eps: float, grad_h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (fp32), scale and shift, for those of h."""
-    wide, grad_h = x.float(), grad_h.float()
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-    inverse = torch.rsqrt(variance + eps)
-    normalised = (wide - mean) * inverse
-    grad = grad_h * (1 + _per_token(scale, x, index))
-    along = (grad * normalised).mean(-1, keepdim=True)
-    grad_x = inverse * (grad - grad.mean(-1, keepdim=True) - normalised * along)
-    return grad_x, _sum_tokens(grad_h * normalised, scale, index), _sum_tokens(grad_h, scale, index)
-
-
-def _sum_tokens(gradient: Tensor, like_MD: Tensor, index: Tensor | None) -> Tensor:
-    """Sum over the tokens that share a modulation, [M, D]."""
-    flat = gradient.flatten(0, -2)
-    if index is None:
-        return flat.sum(0, keepdim=True).to(like_MD.dtype)
-    total = flat.new_zeros(like_MD.shape).index_add(0, index.long(), flat)
-    return total.to(like_MD.dtype)
 
 
 _norm_modulate.register_autograd(_norm_backward, setup_context=_norm_setup)
