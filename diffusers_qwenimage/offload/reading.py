@@ -13,6 +13,8 @@ from types import TracebackType
 
 from torch import Tensor
 
+MOST_VIEWS = 1024  # of one call (IOV_MAX of Linux and macOS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -95,7 +97,7 @@ class Files:
 
     def _read_some(self, file: Path, offset: int, views: Sequence[memoryview]) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._descriptor(file), views, offset)
+            return os.preadv(self._descriptor(file), views[:MOST_VIEWS], offset)
         with file.open("rb", buffering=0) as opened:  # Windows
             opened.seek(offset)
             return opened.readinto(views[0]) or 0
