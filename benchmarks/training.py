@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="device (cuda)")
     parser.add_argument("--tiny", action="store_true", help="a tiny width, to try the script out")
     parser.add_argument("--backend", default="auto", help="of the kernels (auto)")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a recorded step as well")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table to append to")
     args = parser.parse_args()
     set_backend(args.backend)
@@ -92,6 +93,7 @@ def main() -> None:
         modes=tuple(args.modes),
         vram_limit=args.vram_limit,
         results=args.results,
+        profile=args.profile,
     )
     print(f"fused path: {backend(setting.device).name}", flush=True)
     if "embedded" in args.cases:

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ class Setting:
     modes: tuple[str, ...]
     vram_limit: float
     results: Path
+    profile: bool = False
 
     def note(self, case: str, value: float, unit: str, peak: float | None = None) -> None:
         """A row of the table."""
@@ -180,10 +181,8 @@ def measure_recorded(
         optimizer=optimizer,
         max_norm=1.0,
     )
-    times: list[float] = []
-    start(setting)
-    for step in range(setting.steps + 3):
-        started = time.perf_counter()
+
+    def take(step: int) -> None:
         batch = batch_of(model, setting, torch.bfloat16, step)
         with modulated(table, batch):
             recorded = graphs.gradients(batch)
@@ -194,11 +193,31 @@ def measure_recorded(
         if recorded is not None:
             assert torch.isfinite(recorded[1]), "the gradient is not finite"  # waits, as the trainer does
             graphs.update()
+
+    times: list[float] = []
+    start(setting)
+    for step in range(setting.steps + 3):
+        started = time.perf_counter()
+        take(step)
         wait(setting)
         times.append(time.perf_counter() - started)
     report(setting, case, times[3:])
+    if setting.profile:
+        print_kernels(case, lambda: take(setting.steps + 3))
     setting.note(setting.label(f"{case}, recording a step"), times[1], "s")
     setting.note(setting.label(f"{case}, memory reserved"), torch.cuda.max_memory_reserved() / GIB, "GiB")
+
+
+def print_kernels(case: str, action: Callable[[], None], most: int = 40) -> None:
+    """Print what the device did in `action`, by kernel: milliseconds, calls, name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        action()
+        torch.cuda.synchronize()
+    rows = [(event.self_device_time_total / 1000, event.count, event.key) for event in profile.key_averages()]
+    rows.sort(reverse=True)
+    print(f"{case}: {sum(row[0] for row in rows):.1f} ms in kernels", flush=True)
+    for milliseconds, count, name in rows[:most]:
+        print(f"  {milliseconds:8.2f} ms {count:6d} x {name[:120]}", flush=True)
 
 
 def start(setting: Setting) -> None:
