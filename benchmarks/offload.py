@@ -25,6 +25,7 @@ from offload_model import (
     STEPS,
     Setting,
     allocated,
+    beside_allocator,
     cap,
     empty_cache,
     guided_step,
@@ -43,6 +44,7 @@ from diffusers_qwenimage import QwenImageTransformer2DModel
 from diffusers_qwenimage.kernels.matmul import linear_gelu_now, linear_into
 from diffusers_qwenimage.offload import fetched_bytes, plan_stream, stream, unstream
 from diffusers_qwenimage.offload.memory import HostMemory
+from diffusers_qwenimage.pipelines.context import load_libraries
 from diffusers_qwenimage.quantize import quantize_
 
 SPARE = 350 * 2**20  # what the allocator may lose between pieces of other sizes
@@ -86,6 +88,11 @@ def main() -> None:
         label = f"{prefix}, {case}" if args.blocks == 60 else f"{prefix}, {args.blocks} blocks, {case}"
         record("offload", label, value, unit, peak_memory_gib=peak, path=args.results)
 
+    beside = [beside_allocator(device)]
+    if device.type == "cuda":
+        load_libraries(device, torch.bfloat16)
+    beside.append(beside_allocator(device))
+    print(f"  CUDA's own {beside[0]:.3f} GiB, with its libraries {beside[1]:.3f} GiB", flush=True)
     if args.link:
         measure_link(device, note)
     model = host_model(setting)
@@ -182,6 +189,7 @@ def measure(
     empty_cache(device)
     cap(device, budget)
     print(f"  {plan}, process {memory:.2f} -> {resident_memory():.2f} GiB")
+    placed = beside_allocator(device)
     reset_peak(device)
     result = step()
     step()
@@ -191,6 +199,9 @@ def measure(
     peak, reserved = peaks(device)
     slots = f"{plan.num_slots} slots" + (" for parts of blocks" if plan.is_split else "")
     note(f"{label}, step", statistics.median(times), "ms", peak / GIB)
+    print(
+        f"  CUDA's own {placed:.3f} GiB with pinned memory, {beside_allocator(device):.3f} GiB with kernels"
+    )
     note(f"{label}, reserved on the device", reserved / GIB, "GiB")
     note(f"{label}, weights on the device ({slots})", plan.device_bytes / GIB, "GiB")
     note(f"{label}, pinned", plan.pinned_bytes / GIB, "GiB")

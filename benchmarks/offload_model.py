@@ -188,6 +188,14 @@ def peaks(device: torch.device) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
+def beside_allocator(device: torch.device) -> float:
+    """GiB in use on the device beside what the allocator has: CUDA's context, libraries and kernels."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float((total - free - torch.cuda.memory_reserved(device)) / GIB)
+
+
 def resident_memory() -> float:
     """GiB of host memory that the process holds."""
     return float(psutil.Process().memory_info().rss / GIB)
