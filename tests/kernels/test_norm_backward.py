@@ -54,6 +54,7 @@ def test_kernel_equals_reference(shape, dtype, case):
     with use_backend(TRITON):
         got = gate_norm_backward(*arguments)
     expected = gate_norm_backward_reference(*arguments)
+    factor = amplification(arguments[0])
     for name in PARTS:
         ours, theirs = getattr(got, name), getattr(expected, name)
         assert (ours is None) == (theirs is None), name
@@ -61,4 +62,10 @@ def test_kernel_equals_reference(shape, dtype, case):
             assert ours.dtype == theirs.dtype and ours.device.type == DEVICE
             bound = 5 * tolerance(torch.float32 if ours.dtype == torch.float32 else dtype)
             # of the largest: single entries are small differences of large terms
-            assert (ours - theirs).abs().max() <= bound * theirs.abs().max().clamp_min(1), name
+            assert (ours - theirs).abs().max() <= bound * factor * theirs.abs().max().clamp_min(1), name
+
+
+def amplification(total):
+    """What roundings are multiplied with: 1 / standard deviation, about 1; 1000 for rows of one entry."""
+    variance = total.float().var(dim=-1, unbiased=False)
+    return float((variance + norm.EPSILON).rsqrt().max().clamp_min(1))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fused_cases import DTYPES, TRITON, needs_triton, random, relative, tolerance
+from fused_cases import DEVICE, DTYPES, TRITON, needs_triton, random, relative, tolerance
 
 from diffusers_qwenimage.kernels import rope, use_backend
 from diffusers_qwenimage.kernels.rope_backward import (
@@ -36,8 +36,12 @@ def test_forward_equals_the_one_in_place(shape, dtype, backend):
     with use_backend(backend):
         turned = torch.empty_like(qkv[:, :2])
         norm_rotate_to(turned, qkv, *rest)
-        expected = rope.norm_rotate(qkv, *rest)
-    assert torch.equal(turned, expected[:, :2])
+        expected = rope.norm_rotate(qkv, *rest)[:, :2]
+    if backend == TRITON and DEVICE == "cuda":  # the compiler joins other products and sums in each kernel
+        limit = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(turned, expected, rtol=limit, atol=limit * float(expected.abs().max()))
+    else:
+        assert torch.equal(turned, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
