@@ -61,11 +61,18 @@ class DeviceWatch(Watch):
 
     def __init__(self) -> None:
         self.most = 0
+        self._lately = 0
 
     def look(self) -> None:
         """Ask the driver."""
         free, total = torch.cuda.mem_get_info()
-        self.most = max(self.most, total - free)
+        self._lately = max(self._lately, total - free)
+        self.most = max(self.most, self._lately)
+
+    def most_lately(self) -> int:
+        """The most since this was asked before."""
+        most, self._lately = self._lately, 0
+        return most
 
 
 class StackWatch(Watch):

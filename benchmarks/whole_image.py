@@ -4,9 +4,10 @@
 
 Random weights of the true sizes are written once, in shards (57 GB; the same block again and again). Each
 case runs in a process of its own (`--inline`: in this one), whose allocator may not take more device memory
-than its budget leaves beside CUDA's own. The most in use is what the driver says of the whole device, from
-the start of the process to the picture, looked at every 10 ms: loading, prompt, denoising, decoding. Budgets
-are in GiB: 7.45 are 8 GB. `--blocks` and `--layers` make smaller models.
+than its budget leaves beside what CUDA will have at the end (pipelines/context.py). The most in use is what
+the driver says of the whole device, from the start of the process to the picture, looked at every 10 ms:
+loading, prompt, denoising, decoding. Budgets are in GiB: 7.45 are 8 GB. `--blocks` and `--layers` make
+smaller models.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from true_model import PROMPT, add_options, write_model
 from watches import DeviceWatch, HostWatch
 
 from diffusers_qwenimage import default_checkpoint
+from diffusers_qwenimage.pipelines.context import context_bytes, expected_context_bytes
 
 GIB = 2**30
 TIMES = ("loading", "first step since loading began", "step", "decoding", "whole picture", "second picture")
 GIGABYTES = "most in use on the device, CUDA and others included"  # in the unit of the goal too
 TOLD = "told: "
+Tell = Callable[[str, float], None]
 
 
 def main() -> None:
@@ -105,47 +107,66 @@ def note(args: argparse.Namespace, case: str, value: float, unit: str) -> None:
     record("whole_image", case, value, unit, path=args.results)
 
 
-def draw(args: argparse.Namespace, tell: Callable[[str, float], None]) -> None:
+def draw(args: argparse.Namespace, tell: Tell) -> None:
     """Load, draw, and tell what it took, in seconds and bytes, as soon as it is known."""
-    on_gpu = torch.device(args.device).type == "cuda"
-    device, host = DeviceWatch(), HostWatch()
-    with ExitStack() as stack:
-        stack.enter_context(host)
-        if on_gpu:
-            cap(args.vram[0])
-            stack.enter_context(device)
-        pipe = load_and_draw(args, tell)
-    if on_gpu:
-        tell(GIGABYTES, device.most)
-        tell("peak, reserved by the allocator", torch.cuda.max_memory_reserved())
-        tell("peak, allocated", torch.cuda.max_memory_allocated())
-        free, total = torch.cuda.mem_get_info()
-        tell(
-            "in use on the device afterwards beside the allocator's",
-            total - free - torch.cuda.memory_reserved(),
-        )
+    begin, memory, host = time.perf_counter(), DeviceMemory(args.device, tell), HostWatch()
+    with host, memory:
+        memory.cap(args.vram[0])
+        pipe = load_and_draw(args, tell, memory, begin)
     tell("peak of host memory of its own", host.most)
     tell("pinned", pipe.memory_report().pinned)
     if args.second:
         begin = time.perf_counter()
-        call(pipe, args, 1, [])
+        call(pipe, args, 1, lambda index: None)
         tell("second picture", time.perf_counter() - begin)
     print(pipe.memory_report(), file=sys.stderr, flush=True)
 
 
-def cap(vram: float) -> None:
-    """Let the allocator take no more than `vram` GiB less what CUDA itself has."""
-    free, total = torch.cuda.mem_get_info()
-    allowed = vram * GIB - (total - free)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+class DeviceMemory:
+    """What is in use on a GPU, moment by moment; nothing on a CPU."""
+
+    def __init__(self, device: str, tell: Tell) -> None:
+        self._device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        self._on_gpu = self._device.type == "cuda"
+        self._watch = DeviceWatch()
+        self._tell = tell
+
+    def __enter__(self) -> "DeviceMemory":
+        if self._on_gpu:
+            self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._on_gpu:
+            self._watch.__exit__(*error)
+            self._tell(GIGABYTES, self._watch.most)
+            self._tell("peak, reserved by the allocator", torch.cuda.max_memory_reserved())
+            self._tell("peak, allocated", torch.cuda.max_memory_allocated())
+
+    def cap(self, vram: float) -> None:
+        """Let the allocator take no more than `vram` GiB less what CUDA itself will have."""
+        if self._on_gpu:
+            before = context_bytes(self._device)
+            allowed = vram * GIB - expected_context_bytes(self._device)
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+            self._tell("CUDA's own, at first", before)
+            self._tell("CUDA's own, with libraries", context_bytes(self._device))
+            self._tell("the allocator's limit", allowed)
+
+    def moment(self, name: str) -> None:
+        """Tell of what was done since the last moment."""
+        if self._on_gpu:
+            self._watch.look()
+            self._tell(f"most in use on the device, {name}", self._watch.most_lately())
+            self._tell(f"CUDA's own, after {name}", context_bytes(self._device))
 
 
-def load_and_draw(args: argparse.Namespace, tell: Callable[[str, float], None]) -> Any:
-    """The pipeline, which has drawn a picture."""
+def load_and_draw(args: argparse.Namespace, tell: Tell, memory: DeviceMemory, start: float) -> Any:
+    """The pipeline, which has drawn a picture; `start`: when the clock began."""
     from diffusers_qwenimage import QwenImagePipeline
     from diffusers_qwenimage.pipelines.needs import Demand
 
-    start = time.perf_counter()
     tokens = args.side // 16
     pipe = QwenImagePipeline.from_pretrained_in_place(
         str(args.folder),
@@ -155,10 +176,20 @@ def load_and_draw(args: argparse.Namespace, tell: Callable[[str, float], None]) 
         demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
     )
     tell("loading", time.perf_counter() - start)
+    memory.moment("loading")
     print(pipe.memory_report(), file=sys.stderr, flush=True)
     begin, times = time.perf_counter(), list[float]()
-    call(pipe, args, 0, times)
+
+    def stamp(index: int) -> None:
+        times.append(time.perf_counter())
+        if index == 0:
+            memory.moment("prompt and first step")
+        elif index == args.steps - 1:
+            memory.moment("steps")
+
+    call(pipe, args, 0, stamp)
     end = time.perf_counter()
+    memory.moment("decoding")
     tell("first step since loading began", times[0] - start)
     tell("step", (times[-1] - times[0]) / max(len(times) - 1, 1))
     tell("decoding", end - times[-1])
@@ -166,13 +197,13 @@ def load_and_draw(args: argparse.Namespace, tell: Callable[[str, float], None]) 
     return pipe
 
 
-def call(pipe: Any, args: argparse.Namespace, seed: int, times: list[float]) -> None:
-    """Draw a picture; when each step was done goes to `times`."""
+def call(pipe: Any, args: argparse.Namespace, seed: int, after_step: Callable[[int], None]) -> None:
+    """Draw a picture."""
 
-    def stamp(_: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+    def stepped(_: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        after_step(index)
         return {}
 
     image = pipe(
@@ -182,7 +213,7 @@ def call(pipe: Any, args: argparse.Namespace, seed: int, times: list[float]) -> 
         width=args.side,
         num_inference_steps=args.steps,
         seed=seed,
-        callback_on_step_end=stamp,
+        callback_on_step_end=stepped,
         callback_on_step_end_tensor_inputs=[],
     ).images[0]
     assert image.size == (args.side, args.side)

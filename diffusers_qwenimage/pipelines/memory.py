@@ -13,11 +13,12 @@ from diffusers_qwenimage.offload import Source
 from diffusers_qwenimage.offload.stream import device_of
 from diffusers_qwenimage.precompile import compile_both
 
+from .context import context_bytes, expected_context_bytes, measured_peak
 from .in_place import open_components
 from .memory_report import MemoryReport, component_reports
 from .needs import Demand
 from .rates import forward_flops, forward_seconds, measured_rates
-from .vram import VramManager, available_bytes, context_bytes, measured_peak
+from .vram import VramManager, available_bytes
 from .vram_plan import GIB, Parts, compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class VramManagementMixin(ABC):
         Quantise and fuse before, load LoRAs before or after. Call it again to change the budget.
 
         Args:
-            vram_limit: GiB that may be in use on the device, CUDA's own half a GiB included. None: all that
-                is free on it. 0: as little as can be. Below what can work, the least that works is used, with
-                a warning.
+            vram_limit: GiB that may be in use on the device, included what CUDA and its libraries will have
+                (less than 1 GiB). None: all that is free on it. 0: as little as can be. Below what can work,
+                the least that works is used, with a warning.
             vram_buffer: GiB of that which stay unplanned, since sizes of activations are estimates.
             num_persistent_param_in_dit: the most parameters of the transformer that stay on the device. Will
                 be removed; use `vram_limit`.
@@ -89,8 +90,9 @@ class VramManagementMixin(ABC):
         if num_persistent_param_in_dit is not None:
             logger.warning("num_persistent_param_in_dit will be removed; use vram_limit.")
         self._refuse_other_offloading()
-        buffer, context = round(vram_buffer * GIB), context_bytes(target)
-        budget = available_bytes(self._vram_parts(), target)
+        parts = self._vram_parts()
+        buffer, context = round(vram_buffer * GIB), expected_context_bytes(target, compute_dtype(parts))
+        budget = available_bytes(parts, target) - (context - context_bytes(target))
         if limit is not None:
             budget = min(budget, limit - context)
         manager = VramManager(
@@ -105,7 +107,6 @@ class VramManagementMixin(ABC):
             show_progress=self._shows_progress(),
             files=files,
         )
-        parts = self._vram_parts()
         compile_both(parts.transformer, parts.vae, target)  # while weights are moved
         manager.prepare(demand or self._vram_demand())
         if self._vram is not None:

@@ -42,7 +42,6 @@ SOURCES: tuple[tuple[Source, Source], ...] = (
     ("pinned", "mapped"),
     ("mapped", "mapped"),
 )
-MOST_CONTEXT = GIB  # what a process has on a device beside tensors: half of it, and a bit for kernels
 NEXT_TO_YIELD = {"pinned": "text encoder", "mapped": "transformer"}
 
 
@@ -332,24 +331,6 @@ def available_bytes(parts: Parts, device: torch.device) -> int:
     share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8
     allowed = total if share is None else int(total * share(device)) - in_use
     return min(free + idle, allowed) + own
-
-
-def context_bytes(device: torch.device) -> int:
-    """Memory in use on a device beside PyTorch's: CUDA's context and kernels.
-
-    Other processes cannot be told apart from it; it counts as `MOST_CONTEXT` at most.
-    """
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, min(total - free - torch.cuda.memory_reserved(device), MOST_CONTEXT))
-
-
-def measured_peak(device: torch.device) -> int | None:
-    """The most memory that this process has had on a device, its context included; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_reserved(device) + context_bytes(device)
 
 
 def _is_placed(module: nn.Module, plan: StreamPlan) -> bool:
