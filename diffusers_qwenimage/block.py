@@ -15,8 +15,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from .block_boundary import Handover
-from .hooked import comes_in_parts, is_hooked, is_only_streamed
 from .kernels import backend
+from .module_hooks import comes_in_parts, is_hooked, is_only_streamed
 from .rotary import rotate
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooked import is_hooked
+from .module_hooks import is_hooked
 
 if TYPE_CHECKING:
     from .fused import Tokens

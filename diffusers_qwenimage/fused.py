@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from .block_boundary import Handover
-from .hooked import is_hooked
 from .kernels import backend
 from .kernels.norm import attention_norm, mlp_add, mlp_add_norm, mlp_norm
 from .kernels.quantized import quantize_rows
 from .kernels.rope import norm_rotate_into
 from .kernels.rows import Rows, Target
+from .module_hooks import is_hooked
 from .plan import Plan, Trio
 from .projections import fuse_
 from .streams import NoSide, Side, side_of

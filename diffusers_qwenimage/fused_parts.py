@@ -32,11 +32,11 @@ from .fused import (
     _text_of,
     layout_of,
 )
-from .hooked import visit
 from .kernels import backend
 from .kernels.norm import attention_norm, gate_add_, mlp_norm, second_norm
 from .kernels.rope import norm_rotate_into
 from .kernels.rows import Rows
+from .module_hooks import visit
 from .plan import Plan
 
 ATTENTION_GATE, MLP_GATE = 2, 5  # their places in the modulation

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooked import is_hooked, is_idle_dropout
 from .kernels import backend
+from .module_hooks import is_hooked, is_idle_dropout
 from .prompt import pad
 from .rotary import ImageShape
 from .streams import join_recorded

@@ -17,10 +17,10 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from .hooked import is_hooked, is_idle_dropout, is_only_streamed, is_plain_feed_forward
 from .kernels.matmul import linear_gelu_now, linear_into, linear_now
 from .kernels.quantized import dequantize, gelu_quantize, scaled_linear
 from .kernels.rows import Rows, Target
+from .module_hooks import is_hooked, is_idle_dropout, is_only_streamed, is_plain_feed_forward
 from .projections import joined, project, project_into, project_three_into
 from .quantize.layers import QuantizedLinear, scaled_linear_of
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooked import is_hooked, is_idle_dropout
 from .kernels.matmul import linear_into
+from .module_hooks import is_hooked, is_idle_dropout
 from .quantize.layers import QuantizedLinear, quantized_linear
 
 GROUPS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))

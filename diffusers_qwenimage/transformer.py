@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 from .block import EPSILON, QwenImageAttnProcessor, QwenImageTransformerBlock
 from .block_boundary import Handover
-from .hooked import is_hooked
 from .kernels import backend
+from .module_hooks import is_hooked
 from .offload import passing, streamed
 from .rotary import LayeredRotaryEmbedding, RotaryEmbedding, shapes_of_batch
 from .timestep import TimestepTextEmbedding

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as stock
 from torch import Tensor, nn
 
-from .hooked import is_hooked, is_idle_dropout
 from .kernels import backend
 from .kernels.vae_attention import wide_attention
 from .kernels.vae_norm import Pending, add, add_norm, norm, upsampling_weight
+from .module_hooks import is_hooked, is_idle_dropout
 from .vae import IMAGE_MODULES
 
 _ALIGNMENT = 8  # channels; 16 bytes in half precision

@@ -16,7 +16,7 @@ LAYERS = [
         "fused",
         "fused_parts",
         "block_boundary",
-        "hooked",
+        "module_hooks",
         "fused_training",
         "plan",
         "streams",

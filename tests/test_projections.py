@@ -13,8 +13,8 @@ from torch import nn
 
 import diffusers_qwenimage
 from diffusers_qwenimage import plan, projections
-from diffusers_qwenimage.hooked import is_hooked, is_plain_feed_forward
 from diffusers_qwenimage.kernels import use_backend
+from diffusers_qwenimage.module_hooks import is_hooked, is_plain_feed_forward
 
 ROUNDING = 1e-6  # fp32 sums in another order
 

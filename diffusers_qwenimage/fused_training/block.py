@@ -8,7 +8,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffusers_qwenimage.hooked import is_hooked, is_idle_dropout, is_plain_feed_forward
+from diffusers_qwenimage.module_hooks import is_hooked, is_idle_dropout, is_plain_feed_forward
 
 from .backward import block_gradients
 from .forward import attend_, attention_out_, complete_, inputs_of, kept_of, mlp_, move_inputs_, start_values

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.hooked import is_hooked, is_idle_dropout
+from diffusers_qwenimage.module_hooks import is_hooked, is_idle_dropout
 from diffusers_qwenimage.projections import joined
 
 

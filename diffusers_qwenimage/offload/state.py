@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.hooked import STREAM_HOOK
+from diffusers_qwenimage.module_hooks import STREAM_HOOK
 
 from .block_visits import NO_COPY, Visits, release_adapters
 from .copy_lane import Lane, lane_to
