@@ -37,13 +37,17 @@ class RemoteFile:
 
 
 class HubClient(Protocol):
-    """What is asked of a hub. `revision` None is its main branch."""
+    """What is asked of a hub.
+
+    `model_id` is "owner/name"; `revision` a branch, tag or commit, None for the main branch. What goes wrong on
+    the way raises `DownloadError`.
+    """
 
     def cached(self, model_id: str, revision: str | None) -> Path | None:
         """The folder of the snapshot in the client's cache, if any; no request, perhaps not complete."""
 
     def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
-        """All files of the repository."""
+        """All files of the repository, in all its folders; asks the hub."""
 
     def download(
         self,
@@ -64,6 +68,7 @@ class HuggingFace:
     """Hugging Face Hub, by huggingface_hub."""
 
     def cached(self, model_id: str, revision: str | None) -> Path | None:
+        """See `HubClient`; finds the commit of a branch in the cache's `refs` folder."""
         from huggingface_hub import constants
 
         root = Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}"
@@ -73,6 +78,7 @@ class HuggingFace:
         return snapshot if snapshot is not None and snapshot.is_dir() else None
 
     def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        """See `HubClient`; the Hub states a SHA-256 for files in its large storage only."""
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
@@ -98,6 +104,7 @@ class HuggingFace:
         revision: str | None,
         again: bool,
     ) -> Path:
+        """See `HubClient`."""
         from huggingface_hub import snapshot_download
 
         with explained("Hugging Face", model_id):
@@ -116,6 +123,7 @@ class ModelScope:
     """ModelScope, by modelscope_hub."""
 
     def cached(self, model_id: str, revision: str | None) -> Path | None:
+        """See `HubClient`."""
         from modelscope_hub import HubApi
         from modelscope_hub.errors import CacheError
 
@@ -125,6 +133,7 @@ class ModelScope:
             return None
 
     def list_files(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        """See `HubClient`."""
         from modelscope_hub import HubApi
 
         with explained("ModelScope", model_id):
@@ -144,6 +153,7 @@ class ModelScope:
         revision: str | None,
         again: bool,
     ) -> Path:
+        """See `HubClient`."""
         from modelscope_hub import HubApi
 
         # `again` needs nothing here: the client compares existing files with the hub's SHA-256.

@@ -83,8 +83,8 @@ def read_lora(path: str | Path, *, base: str | Path | None = None) -> LoraFile:
 
     Args:
         path: a .safetensors file, or a folder with adapter_model.safetensors and adapter_config.json.
-        base: a checkpoint (file or folder) to check the shapes against, instead of the sizes the file
-        implies.
+        base: a checkpoint (file or folder) to check the shapes against, instead of the sizes the
+            file implies.
 
     Raises:
         ValueError: if anything in the file is not understood or contradicts itself; the first few are listed.

@@ -100,9 +100,8 @@ def render(file: LoraFile, target: Target, options: Options | None = None) -> Re
     """Spell a file for a target.
 
     Raises:
-        ValueError: if an update has no exact form there (and approximation was not asked for or is
-        impossible);
-            the first few are listed with their reasons.
+        ValueError: if an update has no exact form there (and approximation was not asked for, or is
+            impossible); the first few are listed with their reasons.
     """
     work = _Work(target=target, options=options or Options())
     sources, notes = _sources(file, work)

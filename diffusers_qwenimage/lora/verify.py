@@ -36,8 +36,7 @@ class ModuleDifference:
         exact: whether equality was proved bit for bit.
         same_bits: whether also all tensors have the same type and bits.
         bound: upper bound of the relative difference in the Frobenius norm; 0 if exact; inf if one file has
-        no
-            change there or the kinds cannot be compared.
+            no change there or the kinds cannot be compared.
         note: why the bound is infinite.
     """
 
