@@ -1,7 +1,9 @@
 """Tensors packed behind each other in one stretch of memory: what is copied to the device in one go.
 
 A slab is a flat uint8 tensor. Every group of tensors starts at a multiple of 256 bytes; the tensors of one
-group follow each other without a gap, so that queries, keys and values stay one matrix product.
+group follow each other without a gap, so that queries, keys and values stay one matrix product. Large groups
+start at a page, so that a slab can be pinned piece by piece with no tensor in two pieces: a copy of such a
+tensor would be refused.
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256
+PAGE = 4096
+LARGE = 2**20  # bytes of a group that starts at a page
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,20 @@ class Spec:
     def num_bytes(self) -> int:
         """Bytes of its elements."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a slab.
+
+    Attributes:
+        start, end: in bytes.
+        tensors: which lie in it, by their index.
+    """
+
+    start: int
+    end: int
+    tensors: range
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,17 @@ class Layout:
                 for spec, offset in zip(self.specs, self.offsets, strict=True)
             ]
 
+    def parts(self, least: int) -> list[Part]:
+        """The slab cut at pages, with every tensor whole, into parts of `least` bytes or a little more."""
+        parts: list[Part] = []
+        start, first = 0, 0
+        for index, offset in enumerate((*self.offsets[1:], self.num_bytes), start=1):
+            is_last = index == len(self.specs)
+            if is_last or (offset - start >= least and offset % PAGE == 0):
+                parts.append(Part(start, offset, range(first, index)))
+                start, first = offset, index
+        return parts
+
 
 def layout_of(groups: Sequence[Sequence[Spec]]) -> Layout:
     """Pack groups of tensors, in order."""
@@ -56,7 +85,8 @@ def layout_of(groups: Sequence[Sequence[Spec]]) -> Layout:
     offsets: list[int] = []
     end = 0
     for group in groups:
-        end = aligned(end)
+        is_large = sum(spec.num_bytes for spec in group) >= LARGE
+        end = _next(end, PAGE if is_large else ALIGNMENT)
         for spec in group:
             if end % spec.dtype.itemsize:  # only in a group of mixed types
                 end = aligned(end)
@@ -68,4 +98,8 @@ def layout_of(groups: Sequence[Sequence[Spec]]) -> Layout:
 
 def aligned(num_bytes: int) -> int:
     """The next multiple of 256."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return _next(num_bytes, ALIGNMENT)
+
+
+def _next(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment

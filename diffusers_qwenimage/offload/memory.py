@@ -1,12 +1,14 @@
 """Host memory that the device reads at full speed, and memory on the device.
 
 Pinned memory of PyTorch is rounded up to a power of two (a slab of 450 MB takes 512). Here a slab is mapped
-by itself, in large pages where the system has them, filled, and then registered with CUDA as it is. Where
-registering fails, PyTorch's pinned memory is taken; where that fails too, plain memory, and the log says so.
+by itself, in large pages where the system has them, filled, and then registered with CUDA as it is, at once
+or part by part. Where registering fails, PyTorch's pinned memory is taken; where that fails too, plain
+memory, and the log says so.
 """
 
 import logging
 import mmap
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +24,7 @@ class HostSlab:
 
     Attributes:
         tensor: uint8.
+        parts: (start, end) of what is copied at a time: a copy must not read two registered parts.
     """
 
     def __init__(self, num_bytes: int, *, how: How) -> None:
@@ -31,18 +34,23 @@ class HostSlab:
             MemoryError: if there is not so much.
         """
         self._pages = _new_pages(num_bytes) if how == "registered" and num_bytes else None
+        self.parts = [(0, num_bytes)]
         with torch.inference_mode(False):
             if self._pages is not None:
                 self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
             else:
                 self.tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=how == "allocated")
 
-    def register(self) -> bool:
-        """Pin the memory; False if the system does not let us."""
-        return self._pages is not None and self._pages.register(self.tensor.data_ptr())
+    def register(self, parts: Sequence[tuple[int, int]] | None = None) -> bool:
+        """Pin the memory, all of it or some more parts; False if the system does not let us."""
+        if self._pages is None:
+            return False
+        address = self.tensor.data_ptr()
+        return all(self._pages.register(address + start, end - start) for start, end in parts or self.parts)
 
     def unpin(self) -> None:
         """Give the pages back to the system's management. Nothing may be copying from them."""
+        self.parts = [(0, self.tensor.numel())]
         if self._pages is not None:
             self._pages.unregister()
 
@@ -60,6 +68,10 @@ class HostMemory:
     def slab(self, num_bytes: int) -> HostSlab:
         """Memory to fill, and then to `pin`."""
         return HostSlab(num_bytes, how=self.how)
+
+    def pin_part(self, slab: HostSlab, start: int, end: int) -> bool:
+        """Pin a part that begins and ends at a page and is filled; False if it must be pinned as a whole."""
+        return self.how != "registered" or slab.register([(start, end)])
 
     def pin(self, slab: HostSlab) -> HostSlab:
         """The slab, pinned: itself, or a pinned copy where its memory cannot be registered."""
@@ -86,22 +98,22 @@ def device_slab(num_bytes: int, device: torch.device) -> Tensor:
 class _Pages(mmap.mmap):
     """Private pages of the process that CUDA may know; it forgets them before they go."""
 
-    _registered_at: int | None = None
+    _registered_at: tuple[int, ...] = ()
 
-    def register(self, address: int) -> bool:
-        if int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)) != 0:
+    def register(self, address: int, num_bytes: int) -> bool:
+        if int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) != 0:
             _forget_error()
             return False
-        self._registered_at = address
+        self._registered_at += (address,)
         return True
 
     def unregister(self) -> None:
-        if self._registered_at is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._registered_at)
-            self._registered_at = None
+        addresses, self._registered_at = self._registered_at, ()
+        for address in addresses:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
     def __del__(self) -> None:
-        if self._registered_at is not None and torch is not None:  # at the end of the process, CUDA is gone
+        if self._registered_at and torch is not None:  # at the end of the process, CUDA is gone
             self.unregister()
 
 

@@ -91,8 +91,11 @@ class Feeder:
     def start(self, unit: Unit, slot: Slot) -> None:
         """Start to fill a slot; it may still be read until its mark `free`."""
         assert unit.slab is not None
-        size = unit.layout.num_bytes
-        self._lane.copy(slot.memory[:size], unit.slab.tensor[:size], after=slot.free, done=[slot.ready])
+        last = unit.slab.parts[-1][1]
+        for start, end in unit.slab.parts:
+            done = [slot.ready] if end == last else []
+            memory = unit.slab.tensor[start:end]
+            self._lane.copy(slot.memory[start:end], memory, after=slot.free, done=done)
 
     def has_failed(self, slot: Slot) -> bool:
         """Whether what was started last came to nothing: it may have been long ago, ahead of a visit."""
