@@ -79,7 +79,11 @@ def stream(
         split=split,
         surveys=surveys,
     )
-    units = before.disconnect() if before is not None else {}
+    units = {}
+    if before is not None:
+        units = before.disconnect()
+        if target.type == "cuda":
+            torch.cuda.empty_cache()  # else small slots would lie in a part of what held large ones
     Streaming(module, placement, target).start(partial(place_existing, units), progress)
     return placement.plan
 
