@@ -39,8 +39,8 @@ class RemoteFile:
 class HubClient(Protocol):
     """What is asked of a hub.
 
-    `model_id` is "owner/name"; `revision` a branch, tag or commit, None for the main branch. What goes wrong on
-    the way raises `DownloadError`.
+    `model_id` is "owner/name"; `revision` a branch, tag or commit, None for the main branch. A transfer that
+    fails raises `DownloadError`.
     """
 
     def cached(self, model_id: str, revision: str | None) -> Path | None:

@@ -1,7 +1,8 @@
 """LoRA files: read any format, prove what was read, write any format. Pure functions on state dicts.
 
-    from diffusers_qwenimage.lora.convert import convert_lora
+    from diffusers_qwenimage.lora import convert_lora, merge_loras
     convert_lora("style.safetensors", "style_comfy.safetensors", "opensource")
+    merge_loras([("style.safetensors", 0.7), ("person.safetensors", 1.0)], "both.safetensors")
 
 Data: `updates` (one weight change, its tensors and scale), `architectures` (modules and their sizes),
 `formats` (how each tool spells its keys), `targets` (what can be written, what is refused). Reading:
@@ -12,3 +13,31 @@ way back, byte by byte), `convert` (all of it on files). Editing: `compose`, `me
 `bake`, `approximate` (the nearest low-rank factors). Elsewhere: `doctor` (known damage), `predict`,
 `consumers`, `diffusers_rules` (what other programs make of a file), `apply` (a LoRA for a model in memory).
 """
+
+from .bake import bake_loras
+from .convert import convert_lora, convert_state_dict
+from .doctor import diagnose, repair_lora
+from .extract import extract_lora
+from .factors import delta_weight
+from .merge import merge_loras
+from .read import read_lora, read_state_dict
+from .render import Options
+from .resize import RankRule, resize_lora
+from .verify import compare_files
+
+__all__ = [
+    "Options",
+    "RankRule",
+    "bake_loras",
+    "compare_files",
+    "convert_lora",
+    "convert_state_dict",
+    "delta_weight",
+    "diagnose",
+    "extract_lora",
+    "merge_loras",
+    "read_lora",
+    "read_state_dict",
+    "repair_lora",
+    "resize_lora",
+]

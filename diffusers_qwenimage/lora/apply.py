@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from diffusers_qwenimage.lora.architectures import QWEN_IMAGE, Architecture
-from diffusers_qwenimage.lora.factors import expand, expanded_rank
+from diffusers_qwenimage.lora.factors import expand, expanded_rank, update_factors
 from diffusers_qwenimage.lora.formats import DIFFUSERS
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.metadata import peft_config
 from diffusers_qwenimage.lora.read import listing
 from diffusers_qwenimage.lora.updates import LoraUpdate
-from diffusers_qwenimage.lora.verify import update_factors
 
 PREFIX = "transformer"  # of the keys in PEFT's naming, as diffusers' pipelines have it
 BAKE = "bake it into a checkpoint (`qwenimage lora bake`) and load that"

@@ -7,7 +7,7 @@ and take the exact decomposition of the small matrix. No column is centred and n
 import torch
 from torch import Tensor
 
-from diffusers_qwenimage.lora.factors import expanded_factors
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.updates import LoraUpdate
 
 NUM_OVERSAMPLES = 16
@@ -17,12 +17,7 @@ NUM_POWER_ITERATIONS = 4
 def low_rank(update: LoraUpdate, rank: int) -> tuple[Tensor, Tensor]:
     """(up [out, rank], down [rank, in]) in fp32, nearest to a LoKr, LoHa or full difference, its scale
     included."""
-    if update.kind == "diff":
-        matrix = update.load("diff").float()
-    else:
-        up, down = expanded_factors(update)
-        matrix = (up * update.scale.value @ down).float()
-    return truncated_svd(matrix, rank)
+    return truncated_svd(delta_weight(update).float(), rank)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

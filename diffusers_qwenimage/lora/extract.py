@@ -51,6 +51,8 @@ def extract_lora(
         rule: how ranks are chosen.
         dtype: of the factors.
         drop_others: leave out changes of biases, norms and embeddings where the target has no keys for them.
+        options: how far the target's spelling may go, see `Options`.
+        progress: called with the bytes of `tuned` that were read.
 
     Raises:
         ValueError: if the checkpoints differ in their parameters, nothing changed, or a bias, norm or

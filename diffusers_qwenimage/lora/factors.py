@@ -169,6 +169,44 @@ def expanded_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
     return torch.kron(p1, p2), torch.kron(q1, q2)
 
 
+def update_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
+    """(P [out, k], Q [k, in]) in fp64 with P @ Q the change of the weight, scale included.
+
+    A full difference is its own P with the identity as Q, which is returned as an empty tensor.
+
+    Raises:
+        ValueError: for kinds whose change depends on the base weights.
+    """
+    match update.kind:
+        case "lora" | "dora":
+            return update.load("up").double() * update.scale.value, update.load("down").double()
+        case "embedding":
+            up, down = update.load("embedding_up").double(), update.load("embedding_down").double()
+            return down.T * update.scale.value, up.T
+        case "lokr" | "loha":
+            up, down = expanded_factors(update)
+            return up * update.scale.value, down
+        case "diff" | "diff_b":
+            return update.load(update.kind).double(), torch.empty(0)
+    raise ValueError(f"The change by {update.kind} of {update.module} depends on the base weights.")
+
+
+def delta_weight(update: LoraUpdate) -> Tensor:
+    """The change of the weight [out, in] (or of the bias [out]) as a full matrix in fp64, scale included.
+
+    A linear of Qwen-Image is up to 300 MB of these; `changed_weight` applies an update without it.
+
+    Raises:
+        ValueError: for kinds whose change depends on the base weights.
+    """
+    return multiplied(*update_factors(update))
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """The change that the factors of `update_factors` stand for."""
+    return left @ right if right.numel() else left
+
+
 def _factor_pair(update: LoraUpdate, name: str) -> tuple[Tensor, Tensor]:
     if name not in update.tensors:
         return update.load(f"{name}_a").double(), update.load(f"{name}_b").double()

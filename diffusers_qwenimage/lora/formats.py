@@ -125,10 +125,6 @@ class Format:
     damage: str = ""
     component: Component = "transformer"
 
-    def detect(self, key: str) -> bool:
-        """Whether this format may have written the key."""
-        return self.parse(key) is not None
-
     def parse(self, key: str) -> ParsedKey | None:
         """Take a key apart; None if it is not of this format or names no module of any architecture."""
         if not key.startswith(self.prefix):

@@ -43,6 +43,8 @@ def merge_loras(
     Args:
         sources: (file, weight) pairs; a negative weight subtracts.
         output: the file to write, in the spelling of the target `to`.
+        options: how far the target's spelling may go, see `Options`.
+        progress: called with the bytes that were done.
 
     Raises:
         ValueError: if a file cannot be read, two updates of a module cannot be added, or the written file

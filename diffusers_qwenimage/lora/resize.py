@@ -16,12 +16,12 @@ from torch import Tensor
 from diffusers_qwenimage.lora.approximate import truncated_svd
 from diffusers_qwenimage.lora.compose import compose, write_composed
 from diffusers_qwenimage.lora.convert import Conversion
+from diffusers_qwenimage.lora.factors import update_factors
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.metadata import STRUCTURE_KEYS
 from diffusers_qwenimage.lora.read import read_lora
 from diffusers_qwenimage.lora.render import Options
 from diffusers_qwenimage.lora.updates import LoraUpdate, Scale, stored
-from diffusers_qwenimage.lora.verify import update_factors
 from diffusers_qwenimage.lora.write import Progress
 
 # How many singular values of a full matrix are looked at where the rule names no rank.
@@ -118,6 +118,8 @@ def resize_lora(
         output: the file to write, in the spelling of the target `to`.
         rule: how ranks are chosen.
         dtype: of the new factors; None keeps that of the old ones. Rounding to 16 bits costs about 2e-3.
+        options: how far the target's spelling may go, see `Options`.
+        progress: called with the bytes that were done.
 
     Raises:
         ValueError: if a kind of update has no factors (DoRA, whose magnitude would not fit any more).

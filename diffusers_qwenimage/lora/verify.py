@@ -17,7 +17,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from diffusers_qwenimage.lora.factors import exact_power_product, expanded_factors, is_short
+from diffusers_qwenimage.lora.factors import (
+    exact_power_product,
+    expanded_factors,
+    is_short,
+    multiplied,
+    update_factors,
+)
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.read import LoraFile
 from diffusers_qwenimage.lora.updates import LoraUpdate, equal_bits
@@ -111,34 +117,6 @@ def compare_updates(
         if progress:
             progress(sum(tensor.num_bytes for tensor in ours[key].tensors.values()) if key in ours else 0)
     return Comparison(modules=tuple(modules))
-
-
-def update_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
-    """(P [out, k], Q [k, in]) in fp64 with P @ Q the change of the weight, scale included.
-
-    A full difference is its own P with the identity as Q, which is returned as an empty tensor.
-
-    Raises:
-        ValueError: for kinds whose change depends on the base weights.
-    """
-    match update.kind:
-        case "lora" | "dora":
-            return update.load("up").double() * update.scale.value, update.load("down").double()
-        case "embedding":
-            up, down = update.load("embedding_up").double(), update.load("embedding_down").double()
-            return down.T * update.scale.value, up.T
-        case "lokr" | "loha":
-            up, down = expanded_factors(update)
-            return up * update.scale.value, down
-        case "diff" | "diff_b":
-            return update.load(update.kind).double(), torch.empty(0)
-    raise ValueError(f"The change by {update.kind} of {update.module} depends on the base weights.")
-
-
-def delta_weight(update: LoraUpdate) -> Tensor:
-    """The change of the weight as a full matrix in fp64: for tests and small models."""
-    left, right = update_factors(update)
-    return left @ right if right.numel() else left
 
 
 def _by_parameter(updates: Iterable[LoraUpdate]) -> dict[tuple[str, str], LoraUpdate]:
@@ -279,7 +257,7 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
 
 
 def _dense_bound(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    one, two = (left @ right if right.numel() else left for left, right in (first, second))
+    one, two = multiplied(*first), multiplied(*second)
     reference = float(one.norm())
     difference = float((one - two).norm()) + NUM_ROUNDINGS * EPSILON * (reference + float(two.norm()))
     return difference / reference if reference else (0.0 if not float(two.norm()) else _INFINITE)

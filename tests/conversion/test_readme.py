@@ -11,7 +11,7 @@ sys.path.insert(0, str(FOLDER))
 import format_table  # noqa: E402
 import lora_samples as s  # noqa: E402
 
-from diffusers_qwenimage.lora.convert import convert_state_dict  # noqa: E402
+from diffusers_qwenimage.lora import convert_state_dict  # noqa: E402
 from diffusers_qwenimage.lora.targets import TARGETS  # noqa: E402
 
 SAMPLE = {

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_qwenimage.lora.extract import extract_lora
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.read import read_lora
 from diffusers_qwenimage.lora.resize import RankRule
-from diffusers_qwenimage.lora.verify import delta_weight
 
 
 @pytest.fixture

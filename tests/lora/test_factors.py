@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_qwenimage.lora.factors import exact_power_product, expand, expanded_rank, fold_scale
+from diffusers_qwenimage.lora.factors import (
+    delta_weight,
+    exact_power_product,
+    expand,
+    expanded_rank,
+    fold_scale,
+    update_factors,
+)
 from diffusers_qwenimage.lora.read import read_state_dict
 from diffusers_qwenimage.lora.updates import LoraUpdate, all_finite, equal_bits
-from diffusers_qwenimage.lora.verify import delta_weight, update_factors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 M = "transformer_blocks.0.attn.to_q"

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_qwenimage.lora.convert import convert_lora
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.read import read_lora
-from diffusers_qwenimage.lora.verify import delta_weight
 
 # The targets that diffusers 0.42.1 reads.
 DIFFUSERS_TARGETS = ("opensource", "diffsynth", "diffusers", "comfyui", "kohya")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from diffusers_qwenimage.lora import formats
 from diffusers_qwenimage.lora.convert import convert_lora, convert_state_dict
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.formats import Format
 from diffusers_qwenimage.lora.read import read_lora, read_state_dict
 from diffusers_qwenimage.lora.render import Options, render
 from diffusers_qwenimage.lora.targets import TARGETS
-from diffusers_qwenimage.lora.verify import compare_files, delta_weight
+from diffusers_qwenimage.lora.verify import compare_files
 
 HIDDEN = 8
 MODULES = {

@@ -14,11 +14,12 @@ from torch import Tensor
 from diffusers_qwenimage.files import read_header
 from diffusers_qwenimage.lora.architectures import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_LAYERED
 from diffusers_qwenimage.lora.convert import convert_lora, convert_state_dict
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.fused import fuse, split_fused
 from diffusers_qwenimage.lora.read import parse_header_only, parse_lora, read_lora, read_state_dict
 from diffusers_qwenimage.lora.report import report, report_lines
 from diffusers_qwenimage.lora.updates import stored
-from diffusers_qwenimage.lora.verify import compare_files, delta_weight
+from diffusers_qwenimage.lora.verify import compare_files
 from diffusers_qwenimage.lora.write import stream_safetensors
 
 M = "transformer_blocks.0.attn.to_q"

@@ -7,9 +7,9 @@ import torch
 from lora_made import MODULES, lora_tensors, write_lora
 from safetensors.torch import load_file, save_file
 
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.read import read_lora
 from diffusers_qwenimage.lora.resize import RankRule, resize_lora
-from diffusers_qwenimage.lora.verify import delta_weight
 
 
 def deltas(path: Path) -> dict[str, torch.Tensor]:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.read import LoraFile, read_state_dict
-from diffusers_qwenimage.lora.verify import compare_files, delta_weight, worst
+from diffusers_qwenimage.lora.verify import compare_files, worst
 
 M = "transformer_blocks.0.attn.to_q"
 N = "transformer_blocks.1.attn.to_q"

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_qwenimage.lora.consumers import CONSUMERS
 from diffusers_qwenimage.lora.convert import convert_lora
+from diffusers_qwenimage.lora.factors import delta_weight
 from diffusers_qwenimage.lora.fused import split_all
 from diffusers_qwenimage.lora.predict import Consumer, predict
 from diffusers_qwenimage.lora.read import parse_lora, read_lora
 from diffusers_qwenimage.lora.targets import TARGETS
-from diffusers_qwenimage.lora.verify import delta_weight
 
 pytestmark = pytest.mark.peers
 
