@@ -106,17 +106,8 @@ class QwenImageTransformerBlock(nn.Module):
         plan = None
         if not (torch.compiler.is_compiling() or joint_attention_kwargs or image_rotary_emb is None):
             plan = self._plan_now(image, text, modulation)
-        if plan is not None:
-            from .fused import fused_block  # here, since it imports Triton
-            from .fused_parts import fused_in_parts
-
-            in_parts = self.saves_memory or comes_in_parts(self)
-            compute: Callable[..., tuple[Tensor, Tensor]] = fused_in_parts
-            if not in_parts:
-                compute = partial(fused_block, handover=handover)
-            image, text = compute(
-                self,
-                plan,
+        if plan is None:
+            image, text = self._plain(
                 image,
                 text,
                 text_mask=encoder_hidden_states_mask,
@@ -124,8 +115,41 @@ class QwenImageTransformerBlock(nn.Module):
                 tables=image_rotary_emb,
                 text_lengths=text_lengths,
                 num_target_tokens=num_target_tokens,
+                attention_kwargs=joint_attention_kwargs or {},
             )
             return text, image
+        from .fused import fused_block  # here, since it imports Triton
+        from .fused_parts import fused_in_parts
+
+        in_parts = self.saves_memory or comes_in_parts(self)
+        fused: Callable[..., tuple[Tensor, Tensor]]
+        fused = fused_in_parts if in_parts else partial(fused_block, handover=handover)
+        image, text = fused(
+            self,
+            plan,
+            image,
+            text,
+            text_mask=encoder_hidden_states_mask,
+            modulation=modulation,
+            tables=image_rotary_emb,
+            text_lengths=text_lengths,
+            num_target_tokens=num_target_tokens,
+        )
+        return text, image
+
+    def _plain(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        text_mask: Tensor | None,
+        modulation: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor],
+        text_lengths: tuple[int, ...] | None,
+        num_target_tokens: int | None,
+        attention_kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The block in plain torch, in the order of diffusers' operations; image and text stream."""
         image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = [
             _spread(part, image, num_target_tokens) for part in modulation[0].chunk(6, dim=-1)
         ]
@@ -136,10 +160,10 @@ class QwenImageTransformerBlock(nn.Module):
         image_attention, text_attention = self.attn(
             hidden_states=self.img_norm1(image) * (1 + image_scale1) + image_shift1,
             encoder_hidden_states=self.txt_norm1(text) * (1 + text_scale1) + text_shift1,
-            encoder_hidden_states_mask=encoder_hidden_states_mask,
-            image_rotary_emb=image_rotary_emb,
+            encoder_hidden_states_mask=text_mask,
+            image_rotary_emb=tables,
             text_lengths=text_lengths,
-            **(joint_attention_kwargs or {}),
+            **attention_kwargs,
         )
         image = image + image_gate1 * image_attention
         text = text + text_gate1 * text_attention
@@ -149,7 +173,7 @@ class QwenImageTransformerBlock(nn.Module):
 
         if image.dtype == torch.float16:  # outliers of this model exceed fp16
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
-        return text, image
+        return image, text
 
     @property
     def may_overwrite(self) -> bool:

@@ -228,17 +228,13 @@ class QwenImageTransformer2DModel(
         image_BLD = self.img_in(hidden_states)
         text_BTD = self.txt_in(self.txt_norm(text))
         temb, region_temb = self._embed_timestep(timestep, image_BLD, additional_t_cond)
-        if modulation is None and self.modulation_is_offloaded and streamed(self) is None:
-            raise ValueError(
-                "The modulation weights are on another device. Pass `modulation=` of tabulate_modulation, "
-                "or bring them back with load_modulation()."
-            )
+        if modulation is None:
+            self._check_modulation_is_here()
         longest = max(text_lengths) if text_lengths else text_BTD.shape[1]
         image_table, text_table = self.pos_embed(shapes, longest, image_BLD.device)
         if text_lengths:
             text_table = torch.cat([text_table[:length] for length in text_lengths])
-        if encoder_hidden_states_mask is not None:
-            encoder_hidden_states_mask = encoder_hidden_states_mask.to(torch.bool)
+        text_mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.to(torch.bool)
 
         ahead = self._modulation_ahead(region_temb) if modulation is None else None
         handover = None if controlnet_block_samples is not None else self._handover(modulation)
@@ -253,7 +249,7 @@ class QwenImageTransformer2DModel(
             arguments = (
                 image_BLD,
                 text_BTD,
-                encoder_hidden_states_mask,
+                text_mask,
                 region_temb if self.zero_cond_t else temb,
                 (image_table, text_table),
                 attention_kwargs,
@@ -270,7 +266,7 @@ class QwenImageTransformer2DModel(
                 ahead.join()
                 of_block = of_next
             if controlnet_block_samples is not None:
-                interval = -(-len(blocks) // len(controlnet_block_samples))
+                interval = -(-len(blocks) // len(controlnet_block_samples))  # blocks for each, rounded up
                 image_BLD = image_BLD + controlnet_block_samples[index // interval]
 
         velocity = self.proj_out(self._last_norm(image_BLD, temb))
@@ -392,6 +388,13 @@ class QwenImageTransformer2DModel(
         if len(set(lengths)) == 1:
             return torch.stack(list(text)), None
         return torch.cat(list(text))[None], lengths
+
+    def _check_modulation_is_here(self) -> None:
+        if self.modulation_is_offloaded and streamed(self) is None:
+            raise ValueError(
+                "The modulation weights are on another device. Pass `modulation=` of tabulate_modulation, "
+                "or bring them back with load_modulation()."
+            )
 
     def _embed_timestep(
         self, timestep: Tensor, like: Tensor, additional_t_cond: Tensor | None
