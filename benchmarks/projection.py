@@ -25,7 +25,7 @@ from diffusers_qwenimage.pipelines.vram_plan import Parts, PipelinePlan, plan_pi
 from diffusers_qwenimage.quantize import quantize_
 
 GIB = 2**30
-RESERVED = 1.0  # GiB of a card that the display, the context and the buffer take
+RESERVED = 1.4  # GiB of a card that CUDA, its libraries and the buffer take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def main() -> None:
 def projected(parts: Parts, card: Card, weights: str, side: int) -> tuple[PipelinePlan, float, float]:
     """The plan, seconds of a guided step, and seconds if nothing streamed."""
     demand = Demand(rows=side // 16, columns=side // 16)
-    plan = plan_pipeline(parts, int((card.gib - RESERVED) * GIB), demand, device="cuda:0")
+    plan = plan_pipeline(parts, int((card.gib - RESERVED) * GIB), demand, device="cuda:0", fused=True)
     rate = card.fp8 if weights == "fp8" and card.fp8 else card.bf16
     resident = forward_flops(parts.transformer, samples=2, tokens=demand.tokens // 2) / rate
     assert plan.transformer is not None

@@ -38,6 +38,7 @@ class VramManagementMixin(ABC):
         device: str | torch.device | None = None,
         strict: bool = False,
         source: Source | None = None,
+        demand: Demand | None = None,
     ) -> MemoryReport:
         """Run within a budget of device memory: what does not fit streams from host memory as it is needed.
 
@@ -57,6 +58,8 @@ class VramManagementMixin(ABC):
             strict: refuse a limit that cannot be kept, instead of exceeding it.
             source: where streamed weights wait: "pinned" host memory, or as they are ("mapped" files); None
                 chooses pinned if there is enough of it.
+            demand: the largest picture to place the weights for; None: the default picture. A larger one is
+                planned for when it comes.
 
         Returns:
             What is where now, and what it costs.
@@ -71,6 +74,7 @@ class VramManagementMixin(ABC):
             target=self._vram_device(device),
             strict=strict,
             source=source,
+            demand=demand,
         )
 
     def _manage(

@@ -126,6 +126,7 @@ def plan_pipeline(
     persistent_parameters: int | None = None,
     strict: bool = True,
     aside: int = 0,
+    fused: bool | None = None,
 ) -> PipelinePlan:
     """Plan a pipeline; nothing is touched.
 
@@ -136,6 +137,7 @@ def plan_pipeline(
         strict: refuse a budget that is too small; else the plan is for the smallest that works.
         persistent_parameters: the most parameters of the transformer that may stay on the device.
         aside: what was taken off the user's limit before, for messages.
+        fused: whether transformer and VAE take their fused paths; None: as they would on this machine.
 
     Raises:
         ValueError: if the budget is too small; it says what the smallest is.
@@ -147,6 +149,7 @@ def plan_pipeline(
         source=source,
         text_source=text_source or source,
         persistent=persistent_parameters,
+        fused=fused,
     )
     enough = planner.smallest(overlapping=True).peak_bytes
     planner.save_memory()
@@ -180,6 +183,7 @@ class _Planner:
         source: Source,
         text_source: Source,
         persistent: int | None,
+        fused: bool | None,
     ) -> None:
         self._parts = parts
         self._demand = demand
@@ -188,7 +192,8 @@ class _Planner:
         self._text_source = text_source
         self._persistent = persistent
         self._vae_bytes = weight_bytes(parts.vae)
-        self._fused_vae = decodes_fused(parts.vae, torch.device(device))
+        self._fused_vae = decodes_fused(parts.vae, torch.device(device)) if fused is None else fused
+        self._fused = denoises_fused(parts.transformer, torch.device(device)) if fused is None else fused
         self._adapters = adapter_bytes(parts.transformer) + adapter_bytes(parts.text_encoder)
         self._denoise = self._tabulate = 0
         self._frugal = False
@@ -200,12 +205,13 @@ class _Planner:
     def save_memory(self, enabled: bool = True) -> None:
         """Plan for a transformer that saves memory, if it can: on the fused path."""
         transformer = self._parts.transformer
-        fused = denoises_fused(transformer, torch.device(self._device))
-        self._frugal = enabled and fused
+        self._frugal = enabled and self._fused
         if transformer is not None:
             dtype = compute_dtype(self._parts)
             self._tabulate = tabulate_bytes(transformer, self._demand, dtype)
-            self._denoise = denoise_bytes(transformer, self._demand, dtype, fused=fused, frugal=self._frugal)
+            self._denoise = denoise_bytes(
+                transformer, self._demand, dtype, fused=self._fused, frugal=self._frugal
+            )
 
     def smallest(self, *, overlapping: bool = False) -> PipelinePlan:
         """Nothing resident that can stream, the smallest tiles, one slot (or enough to copy meanwhile)."""
