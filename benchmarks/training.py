@@ -49,7 +49,7 @@ from training_steps import (
 )
 
 from diffusers_qwenimage.kernels import backend, set_backend
-from diffusers_qwenimage.offload import stream
+from diffusers_qwenimage.offload import pack_streamed, stream
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.training.config import TrainConfig
 from diffusers_qwenimage.training.memory import unit_bytes, weights_budget
@@ -265,9 +265,11 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
         set_allocator("expandable_segments:True")
     started = time.perf_counter()
     plan = stream(ours.model, device=setting.device, vram_limit=budget, on_call=(), split=False)
+    copied = pack_streamed(ours.model) if plan.num_slots > 1 else plan.streamed_bytes
     release()
     setting.note(setting.label(f"{name}: placed in"), time.perf_counter() - started, "s")
     setting.note(setting.label(f"{name}: streamed twice a step"), plan.streamed_bytes / GIB, "GiB")
+    setting.note(setting.label(f"{name}: copied twice a step"), copied / GIB, "GiB")
     ours.measure("full", f"{name} within {setting.vram_limit:g} GB")
 
 

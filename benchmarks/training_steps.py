@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +151,10 @@ def measure_launched(
     """Median time of a step whose kernels are launched one by one, and the peak of memory."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     times, launched = [], []
+    batches = [batch_of(model, setting, torch.bfloat16, step) for step in range(setting.steps + 1)]
     start(setting)
-    for step in range(setting.steps + 1):
+    for batch in batches:
         started = time.perf_counter()
-        batch = batch_of(model, setting, torch.bfloat16, step)
         with modulated(table, batch):
             loss_of(model, batch.to(setting.device), torch.bfloat16).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -182,8 +182,9 @@ def measure_recorded(
         max_norm=1.0,
     )
 
-    def take(step: int) -> None:
-        batch = batch_of(model, setting, torch.bfloat16, step)
+    batches = [batch_of(model, setting, torch.bfloat16, step) for step in range(setting.steps + 4)]
+
+    def take(batch: Batch) -> None:
         with modulated(table, batch):
             recorded = graphs.gradients(batch)
             if recorded is None:
@@ -196,14 +197,14 @@ def measure_recorded(
 
     times: list[float] = []
     start(setting)
-    for step in range(setting.steps + 3):
+    for batch in batches[:-1]:
         started = time.perf_counter()
-        take(step)
+        take(batch)
         wait(setting)
         times.append(time.perf_counter() - started)
     report(setting, case, times[3:])
     if setting.profile:
-        print_kernels(case, lambda: take(setting.steps + 3))
+        print_kernels(case, lambda: take(batches[-1]))
     setting.note(setting.label(f"{case}, recording a step"), times[1], "s")
     setting.note(setting.label(f"{case}, memory reserved"), torch.cuda.max_memory_reserved() / GIB, "GiB")
 
@@ -218,6 +219,31 @@ def print_kernels(case: str, action: Callable[[], None], most: int = 40) -> None
     print(f"{case}: {sum(row[0] for row in rows):.1f} ms in kernels", flush=True)
     for milliseconds, count, name in rows[:most]:
         print(f"  {milliseconds:8.2f} ms {count:6d} x {name[:120]}", flush=True)
+    print_pauses(profile.events())
+
+
+def print_pauses(events: Iterable[Any], least: float = 0.3) -> None:
+    """Print when nothing was copied from host memory between the first and the last of the large copies.
+
+    Args:
+        events: of a profile.
+        least: milliseconds of a pause that is listed, and of a copy that is large.
+    """
+    copies = [event.time_range for event in events if event.name.startswith("Memcpy HtoD")]
+    large = sorted(
+        (each.start / 1000, each.end / 1000) for each in copies if each.end - each.start > 1000 * least
+    )
+    if not large:
+        return
+    first, pauses = large[0][0], list(zip(large, large[1:], strict=False))
+    found = [(end - first, start - end) for (_, end), (start, _) in pauses]
+    print(
+        f"  {len(large)} large copies in {large[-1][1] - first:.1f} ms, of which pauses "
+        f"{sum(pause for _, pause in found):.1f} ms",
+        flush=True,
+    )
+    listed = [f"{pause:.1f} at {moment:.0f}" for moment, pause in found if pause > least]
+    print(f"  pauses: {', '.join(listed)}", flush=True)
 
 
 def start(setting: Setting) -> None:

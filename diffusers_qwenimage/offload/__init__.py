@@ -19,6 +19,7 @@
 | copy_lane.py | copies beside the work: a stream and events |
 | mapped.py | weights that stay in a memory-mapped file |
 | one_visit.py | `passing`: modules that visit the device once |
+| packed.py | bf16 weights that are copied in three quarters of their bytes |
 | memory.py | pinned host memory without rounding |
 | layout.py | tensors behind each other in one slab |
 | recording.py | a streamed module inside of a CUDA graph |
@@ -27,6 +28,7 @@
 
 from .adopt import adopt
 from .one_visit import passing
+from .packed import pack_streamed
 from .plan import BlockPlan, Source, StreamPlan, Surveys, plan_stream, surveys_of
 from .stream import fetched_bytes, rest, stream, streamed, unstream
 from .survey import find_blocks
@@ -39,6 +41,7 @@ __all__ = [
     "adopt",
     "fetched_bytes",
     "find_blocks",
+    "pack_streamed",
     "passing",
     "plan_stream",
     "rest",

@@ -14,12 +14,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .ring import Ring, Slot, Unit
+
+if TYPE_CHECKING:
+    from .packed import Workspace
 
 NO_COPY = "A module that streams its weights cannot be copied. Call unstream(module) first."
 
@@ -30,14 +33,16 @@ class Visit:
 
     Attributes:
         index: of the unit.
-        slot: where the weights are.
-        tensors: the module's tensors, whose data are views of the slot now.
+        slot: where the weights are; None: in the workspace.
+        tensors: the module's tensors.
+        views: their data, on the device.
         with_gradient: whether a graph may be recorded.
     """
 
     index: int
-    slot: Slot
+    slot: Slot | None
     tensors: Sequence[Tensor]
+    views: Sequence[Tensor]
     with_gradient: bool
 
 
@@ -51,6 +56,9 @@ class Visits:
         device: where they compute.
         aside: modules within blocks that fetch their weights themselves.
         is_split: whether these are parts of blocks: a backward pass would need all of a block's at once.
+
+    Attributes:
+        workspace: where packed weights are unpacked.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Visits:
         self._device = device
         self._aside = frozenset(map(id, aside))
         self._is_split = is_split
+        self.workspace: Workspace | None = None
         self._busy = threading.Lock()
         self._open: Visit | None = None
         self._kept: Visit | None = None
@@ -126,7 +135,7 @@ class Visits:
     def close(self) -> None:
         """Let go of all memory: hooks that were removed may live until Python collects cycles."""
         self.settle()
-        self._units, self._modules = (), ()
+        self._units, self._modules, self.workspace = (), (), None
         self._ring.close()
 
     @contextmanager
@@ -138,16 +147,17 @@ class Visits:
             try:
                 yield
             finally:
-                self._ring.forget(index)
+                self._forget(index)
             return
         _set(visit.tensors, unit.homes)
         try:
             yield
         finally:
-            views = visit.slot.views(unit.layout)
-            for view, home in zip(views, unit.homes, strict=True):
+            if visit.slot is None:
+                self._forget(index)
+            for view, home in zip(visit.views, unit.homes, strict=True):
                 view.copy_(home)
-            _set(visit.tensors, views)
+            _set(visit.tensors, visit.views)
 
     def _begin(self, index: int, with_gradient: bool) -> None:
         unit = self._units[index]
@@ -164,16 +174,40 @@ class Visits:
                 "never copied back. Call requires_grad_(False) on them, or unstream(module)."
             )
         self._take_in_replaced(index, tensors)
-        slot = self._ring.borrow(index, with_gradient=with_gradient)
-        self._open = Visit(index=index, slot=slot, tensors=tensors, with_gradient=with_gradient)
-        _set(tensors, slot.views(unit.layout))
+        slot, views = self._arrive(index, with_gradient)
+        self._open = Visit(index=index, slot=slot, tensors=tensors, views=views, with_gradient=with_gradient)
+        _set(tensors, views)
         self.bring_adapters(self._modules[index], index)
+
+    def _arrive(self, index: int, with_gradient: bool) -> tuple[Slot | None, Sequence[Tensor]]:
+        """The weights of a unit on the device, and the slot that holds them if it is taken for the visit."""
+        unit, workspace = self._units[index], self.workspace
+        if unit.packed is not None and not unit.is_as_packed():
+            self._forget(index)
+        if unit.packed is None or workspace is None:
+            slot = self._ring.borrow(index, with_gradient=with_gradient)
+            return slot, slot.views(unit.layout)
+        if workspace.holds == index:
+            self._ring.pass_by(index, with_gradient=with_gradient)
+            return None, workspace.views(unit.layout)
+        slot = self._ring.borrow(index, with_gradient=with_gradient)
+        try:
+            workspace.unpack(index, unit, slot.memory)
+        finally:
+            self._ring.give_back(slot, ahead=True, with_gradient=with_gradient)
+        return None, workspace.views(unit.layout)
+
+    def _forget(self, index: int) -> None:
+        self._ring.forget(index)
+        if self.workspace is not None and self.workspace.holds == index:
+            self.workspace.holds = None
 
     def _end(self, visit: Visit, *, ahead: bool) -> None:
         try:
             _set(visit.tensors, self._units[visit.index].homes)
         finally:
-            self._ring.give_back(visit.slot, ahead=ahead)
+            if visit.slot is not None:
+                self._ring.give_back(visit.slot, ahead=ahead)
 
     def _abandon(self) -> None:
         visit, self._open = self._open, None
@@ -196,7 +230,7 @@ class Visits:
             home.copy_(tensor.detach())
             tensor.requires_grad_(False)
             tensor.data = home
-            self._ring.forget(index)
+            self._forget(index)
 
     @torch.no_grad()
     def bring_adapters(self, module: nn.Module, index: int | None) -> None:

@@ -25,39 +25,39 @@ def recording(module: nn.Module) -> Iterator[None]:
         return
     lane = _cuda_lane(state)
     state.settle()
-    _forget(state)
+    state.forget()
+    state.recorded_with = state.num_changed
     lane.stream.wait_stream(torch.cuda.current_stream(state.device))
     try:
         yield
     finally:
         state.settle()
         torch.cuda.current_stream(state.device).wait_stream(lane.stream)
-        _forget(state)
+        state.forget()
 
 
 @contextmanager
 def replaying(module: nn.Module) -> Iterator[None]:
-    """Around the replay of what was recorded with `recording`."""
+    """Around the replay of what was recorded with `recording`.
+
+    Raises:
+        ValueError: if weights that were copied packed have changed since: the recording copies the old ones.
+    """
     state = state_of(module)
     if state is None:
         yield
         return
     lane = _cuda_lane(state)
+    if state.num_changed != state.recorded_with:
+        raise ValueError("Streamed weights have changed since steps were recorded; record them again.")
     state.settle()
     torch.cuda.current_stream(state.device).wait_stream(lane.stream)
     try:
         yield
     finally:
-        _forget(state)
+        state.forget()
         for slot in state.slots:
             lane.reach(slot.free)
-
-
-def _forget(state: Streaming) -> None:
-    """No slot holds anything, and no mark was reached."""
-    for slot in state.slots:
-        slot.holds, slot.sample = None, None
-        slot.ready, slot.free = state.lane.mark(), state.lane.mark()
 
 
 def _cuda_lane(state: Streaming) -> CudaLane:

@@ -16,12 +16,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from diffusers_qwenimage.kernels.packing import Packed
+
 from .copy_lane import Lane, Mark
 from .layout import Layout
 from .memory import HostSlab, device_slab
 from .survey import Member
 
 SAMPLES = 128  # bytes of each tensor that are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSlab:
+    """The weights of a unit in fewer bytes (packed.py).
+
+    Attributes:
+        words: what is in the slab.
+        slab: pinned memory.
+        sample: of the weights when they were packed.
+    """
+
+    words: Packed
+    slab: HostSlab
+    sample: list[Tensor]
 
 
 @dataclass(kw_only=True)
@@ -34,6 +51,7 @@ class Unit:
         layout: of the slab, and of the slot that holds it.
         homes: the tensors in host memory.
         slab: the memory of the homes, if it is in one piece.
+        packed: what is copied in the place of the homes.
     """
 
     name: str
@@ -41,6 +59,24 @@ class Unit:
     layout: Layout
     homes: list[Tensor]
     slab: HostSlab | None
+    packed: PackedSlab | None = None
+
+    @property
+    def sent_bytes(self) -> int:
+        """What a visit copies."""
+        return self.layout.num_bytes if self.packed is None else self.packed.words.memory.numel()
+
+    def is_as_packed(self) -> bool:
+        """Whether the weights are what was packed, as far as a sample tells."""
+        return self.packed is not None and all(map(torch.equal, self.packed.sample, self.sample()))
+
+    def drop_packed(self) -> None:
+        """Copy the weights as they are again; nothing may be copying what was packed."""
+        packed, self.packed = self.packed, None
+        if packed is not None:
+            packed.slab.unpin()
+            if self.slab is not None:
+                self.slab.register()
 
     def sample(self) -> list[Tensor]:
         """A few bytes of every tensor."""
@@ -90,6 +126,10 @@ class Feeder:
 
     def start(self, unit: Unit, slot: Slot) -> None:
         """Start to fill a slot; it may still be read until its mark `free`."""
+        if unit.packed is not None:
+            words = unit.packed.words.memory
+            self._lane.copy(slot.memory[: words.numel()], words, after=slot.free, done=[slot.ready])
+            return
         assert unit.slab is not None
         last = unit.slab.parts[-1][1]
         for start, end in unit.slab.parts:
@@ -142,6 +182,7 @@ class Ring:
         self._pass = 0
         self._slot_bytes = max((slot.memory.numel() for slot in slots), default=0)
         self.fetched_bytes = 0
+        self.num_changed = 0  # units that are not copied packed any more
 
     def borrow(self, index: int, *, with_gradient: bool) -> Slot:
         """The slot that holds a unit, for work given from now on until `give_back`."""
@@ -158,19 +199,29 @@ class Ring:
         self._fetch_ahead(index, with_gradient)
         return slot
 
-    def give_back(self, slot: Slot, *, ahead: bool) -> None:
+    def give_back(self, slot: Slot, *, ahead: bool, with_gradient: bool = False) -> None:
         """Work that reads the slot has been given; `ahead`: fill it with what comes next."""
         index = slot.holds
         self._lane.reach(slot.free)
         slot.borrowed = False
         if ahead and index is not None:
-            self._fetch_ahead(index, with_gradient=False)
+            self._fetch_ahead(index, with_gradient)
+
+    def pass_by(self, index: int, *, with_gradient: bool) -> None:
+        """A visit that finds its weights elsewhere on the device."""
+        self._note_visit(index, with_gradient)
+        self._fetch_ahead(index, with_gradient)
 
     def forget(self, index: int) -> None:
-        """A unit has changed: what is in a slot is of no use."""
+        """A unit has changed: what is in a slot is of no use, nor is what was packed."""
         for slot in self._slots:
             if slot.holds == index:
                 slot.holds = None
+        unit = self._units[index]
+        if unit.packed is not None:
+            self._lane.drain()
+            unit.drop_packed()
+            self.num_changed += 1
 
     def close(self) -> None:
         """Let go of units and slots; nothing is borrowed afterwards."""
@@ -244,7 +295,7 @@ class Ring:
         slot.sample = unit.sample() if later else None
         self._feeder.start(unit, slot)
         slot.holds, slot.fetched_in = index, self._pass
-        self.fetched_bytes += unit.layout.num_bytes
+        self.fetched_bytes += unit.sent_bytes
 
     def _is_stale(self, slot: Slot) -> bool:
         if slot.fetched_in == self._pass:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .placing import Progress, bring_home
 from .plan import Placement
 from .ring import Feeder, Ring, Slot, Unit
 from .survey import Member, members_of
+
+if TYPE_CHECKING:
+    from .packed import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,14 @@ class Streaming:
         self._visits: Visits | None = None
         self._feeder: Feeder | None = None
         self._lane: Lane = lane_to(device)
+        self.recorded_with = 0  # `num_changed` when a graph was recorded
         self._hooked: list[tuple[nn.Module, str]] = []
         self._frozen: list[nn.Parameter] = []
+
+    @property
+    def units(self) -> list[Unit]:
+        """What streams."""
+        return self._units
 
     @property
     def slots(self) -> list[Slot]:
@@ -79,6 +88,30 @@ class Streaming:
         """
         raise ValueError(NO_COPY)
 
+    @property
+    def num_changed(self) -> int:
+        """Blocks that are not copied packed any more, since their weights have changed."""
+        return 0 if self._ring is None else self._ring.num_changed
+
+    def give_up_slot(self) -> Tensor:
+        """The memory of a slot that is none from now on."""
+        self.rest()
+        self._slots.pop()  # the ring has the same list
+        return device_slab(max(unit.layout.num_bytes for unit in self._units), self.device)
+
+    def use_workspace(self, workspace: "Workspace") -> None:
+        """Unpack what is copied packed there."""
+        assert self._visits is not None
+        self._visits.workspace = workspace
+
+    def forget(self) -> None:
+        """No slot holds anything, and no mark was reached."""
+        for slot in self._slots:
+            slot.holds, slot.sample = None, None
+            slot.ready, slot.free = self._lane.mark(), self._lane.mark()
+        if self._visits is not None and self._visits.workspace is not None:
+            self._visits.workspace.holds = None
+
     def settle(self) -> None:
         """Let every tensor be at home."""
         if self._visits is not None:
@@ -89,6 +122,8 @@ class Streaming:
         self.settle()
         if self._ring is not None:
             self._ring.rest()
+        if self._visits is not None and self._visits.workspace is not None:
+            self._visits.workspace.rest()
 
     def start(self, place: Place, progress: Callable[[int, int], None] | None = None) -> None:
         """Place the weights and register the hooks; if that fails, the module is whole, on the CPU.
@@ -133,6 +168,8 @@ class Streaming:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
+        for unit in self._units:
+            unit.drop_packed()
         units = {unit.name: unit for unit in self._units}
         self._units, self._slots, self._ring, self._visits, self._feeder = [], [], None, None, None
         self._module.__dict__.pop("_apply", None)

@@ -24,7 +24,7 @@ from diffusers_qwenimage.lora.convert import write_rendered
 from diffusers_qwenimage.lora.read import read_state_dict
 from diffusers_qwenimage.lora.render import Options, render
 from diffusers_qwenimage.lora.targets import Target, find_target
-from diffusers_qwenimage.offload import stream
+from diffusers_qwenimage.offload import pack_streamed, stream
 from diffusers_qwenimage.quantize import quantize_
 
 from .config import ZERO_STAGES, TrainConfig, comma_list
@@ -127,7 +127,9 @@ def place_base_(
             trained_bytes=_num_bytes(trained),
         )
         if _num_bytes(transformer.parameters()) - _num_bytes(trained) > budget:
-            stream(transformer, device=device, vram_limit=budget, on_call=(), split=False)
+            plan = stream(transformer, device=device, vram_limit=budget, on_call=(), split=False)
+            if plan.num_slots > 1:  # a step takes as long as its copies
+                pack_streamed(transformer)
             return modulation
     if config.sharding == "none":
         transformer.to(device)
