@@ -196,14 +196,17 @@ class Ring:
             self._fetch(index, slot)
         self._feeder.arrive(slot)
         slot.borrowed = True
-        self._fetch_ahead(index, with_gradient)
+        try:
+            self._fetch_ahead(index, with_gradient)
+        except BaseException:
+            slot.borrowed = False  # nobody gets it, so nobody would give it back
+            raise
         return slot
 
     def give_back(self, slot: Slot, *, ahead: bool, with_gradient: bool = False) -> None:
         """Work that reads the slot has been given; `ahead`: fill it with what comes next."""
-        index = slot.holds
+        index, slot.borrowed = slot.holds, False
         self._lane.reach(slot.free)
-        slot.borrowed = False
         if ahead and index is not None:
             self._fetch_ahead(index, with_gradient)
 
