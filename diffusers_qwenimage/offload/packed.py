@@ -96,6 +96,7 @@ def pack_streamed(module: nn.Module) -> int:
             f"{type(module).__name__} streams from {state.placement.plan.source} memory with "
             f"{len(state.slots)} slot(s); packed weights need pinned memory and two slots. Raise vram_limit."
         )
+    assert all(unit.slab is not None for unit in state.units), "weights are still to be pinned"
     memory = HostMemory(state.device)
     fitting = [unit for unit in state.units if _can_be_packed(unit)]
 
