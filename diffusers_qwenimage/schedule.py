@@ -26,10 +26,14 @@ def resolution_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
 
 
 def even_sigmas(num_steps: int, first: float = 1.0) -> list[float]:
-    """`num_steps` evenly spaced sigmas, from `first` down to `first / num_steps`, before shifting."""
-    if num_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}.")
-    sigmas: list[float] = np.linspace(first, first / num_steps, num_steps).tolist()
+    """`num_steps` evenly spaced sigmas, from `first` down to `first / num_steps`, before shifting.
+
+    Raises:
+        ValueError: if the number of steps is not a whole number of at least 1.
+    """
+    if num_steps < 1 or num_steps % 1:
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_steps!r}.")
+    sigmas: list[float] = np.linspace(first, first / num_steps, int(num_steps)).tolist()
     return sigmas
 
 

@@ -43,7 +43,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise; `main` prints the message."""
+        if message.endswith("required: COMMAND"):
+            message = f"name a command: {', '.join(self._commands())}"
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _commands(self) -> list[str]:
+        choices = [action.choices for action in self._actions if action.dest == argparse.SUPPRESS]
+        return [name for names in choices for name in names or ()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -155,6 +155,8 @@ def choose_device(name: str) -> "torch.device":
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: built without CUDA
         reason = str(error).splitlines()[0].rstrip(".")
+        if reason.startswith("Expected one of"):  # torch goes on with thirty names
+            reason = "there is none of this name; take cpu, cuda, cuda:1 or mps"
         raise ValueError(f"The device {name!r} cannot be used: {reason}. See `qwenimage env`.") from error
     if device.type == "meta":
         raise ValueError("The device 'meta' holds no values; take cpu or cuda.")

@@ -94,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("out.png"),
         metavar="FILE",
-        help="file to write, .png, .jpg or .webp, over an existing one "
+        help="file to write, .png, .jpg or .webp; an existing one is replaced "
         "(default: out.png; several: out-1.png, out-2.png, ...)",
     )
     parser.add_argument(
@@ -267,9 +267,11 @@ def fit_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height of "WxH"."""
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x768")
+    if len(match[1]) > 5 or len(match[2]) > 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; this model draws about 1024x1024 pixels")
     width, height = int(match[1]), int(match[2])
     if not width or not height or width % SIDE or height % SIDE:
         near = "x".join(str(max(SIDE, round(side / SIDE) * SIDE)) for side in (width, height))
@@ -311,8 +313,8 @@ def lora(text: str) -> Lora:
         source, strength = text, "1"
     try:
         value = float(strength)
-    except ValueError:
-        source, value = text, 1.0
+    except ValueError:  # a mistyped strength, or a name with "=" in it, which has a suffix after that
+        source, value = (text, 1.0) if "." in strength or "/" in strength else ("", 1.0)
     if not source or not math.isfinite(value):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not FILE or FILE=STRENGTH, such as style.safetensors=0.8"

@@ -54,7 +54,10 @@ def merge(arguments: argparse.Namespace) -> int:
     with progress_bar("merge and verify", 2 * sum(num_bytes(path) for path, _ in pairs)) as progress:
         conversion = merge_loras(pairs, arguments.output, arguments.to, progress=progress)
     data = {**_written(conversion), "sources": [{"path": path, "weight": weight} for path, weight in pairs]}
-    lines = [f"{arguments.output}: {len(pairs)} files merged", *_written_lines(conversion)]
+    lines = [
+        f"{arguments.output}: {len(pairs)} {'file' if len(pairs) == 1 else 'files'} merged",
+        *_written_lines(conversion),
+    ]
     write_result(arguments, data, lines)
     return EXIT_DONE
 

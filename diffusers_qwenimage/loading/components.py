@@ -235,12 +235,14 @@ def check_source(source: str | Path) -> None:
     """Say what is wrong with a folder or an id, before diffusers says it less clearly.
 
     Raises:
+        FileNotFoundError: if the folder has no index.
         ValueError: if it is neither a folder nor like an id, or the folder holds a damaged weight file.
     """
     folder = Path(source)
     if not folder.is_dir():
         check_id(str(source))
         return
+    _check_has_index(folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         read_header(file)
 
@@ -253,11 +255,7 @@ def check_index(folder: Path) -> None:
         ValueError: if the index is unreadable, or of another model.
     """
     path = folder / MODEL_INDEX
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} is not a model in diffusers' layout: it has no {MODEL_INDEX}. Give the folder "
-            "that holds transformer/, vae/, text_encoder/ and tokenizer/."
-        )
+    _check_has_index(folder)
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -265,3 +263,11 @@ def check_index(folder: Path) -> None:
     entry = index.get("transformer") if isinstance(index, dict) else None
     if not isinstance(entry, list) or entry[-1] != "QwenImageTransformer2DModel":
         raise ValueError(f"{path} describes another model: its transformer is {entry}, not of Qwen-Image.")
+
+
+def _check_has_index(folder: Path) -> None:
+    if not (folder / MODEL_INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a model in diffusers' layout: it has no {MODEL_INDEX}. Give the folder that "
+            "holds transformer/, vae/, text_encoder/ and tokenizer/."
+        )

@@ -25,7 +25,7 @@ from .hubs import HUBS, DownloadError, Hub, RemoteFile
 
 logger = logging.getLogger(__name__)
 
-MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # "./models" and "../models" are paths
 # Small files that say what the weights beside them are; fetched along.
 SIDECARS = ("config.json", "*.safetensors.index.json")
 

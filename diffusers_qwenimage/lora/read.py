@@ -8,7 +8,7 @@ keeps the list.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 NUM_LISTED = 5  # problems that a message lists
 MAX_ALPHA_BYTES = 1024  # an alpha is a number; anything larger is not read as one
+
+# Parts of keys that other models' LoRAs have and those of Qwen-Image have not.
+OTHER_MODELS = {
+    "double_blocks": "FLUX or HunyuanVideo",
+    "single_transformer_blocks": "FLUX",
+    "single_blocks": "FLUX or HunyuanVideo",
+    "joint_blocks": "Stable Diffusion 3",
+    "down_blocks": "Stable Diffusion or SDXL",
+    "input_blocks": "Stable Diffusion or SDXL",
+    "self_attn_q.": "Wan",
+    "self_attn.q.": "Wan",
+}
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -242,7 +254,20 @@ def _group(tensors: Mapping[str, StoredTensor], problems: list[str]) -> list[Mod
             continue
         module.tensors[parsed.role] = tensor
         module.formats[parsed.role] = (format_, parsed)
+    if tensors and not modules:
+        problems.insert(0, _foreign(tensors))
     return list(modules.values())
+
+
+def _foreign(keys: Iterable[str]) -> str:
+    """What a file is that has no key of a LoRA for Qwen-Image."""
+    adapters = [key for key in keys if any(mark in key for mark in ("lora", "lokr", "hada"))]
+    for part, model in OTHER_MODELS.items():
+        if any(part in key for key in adapters):
+            return f"it is a LoRA of another model ({model}), not of Qwen-Image"
+    if adapters:
+        return "none of its keys is one of a LoRA for Qwen-Image"
+    return "it is no LoRA"
 
 
 def _unknown(key: str) -> str:

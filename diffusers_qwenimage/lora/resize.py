@@ -46,7 +46,7 @@ class RankRule:
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None and self.threshold is None:
-            raise ValueError("Say what rank is wanted: a number, a share of energy, or a threshold.")
+            raise ValueError("Say what rank is wanted: give a rank, a share of energy, or a threshold.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"A rank is at least 1, got {self.rank}.")
         for name in ("energy", "threshold"):

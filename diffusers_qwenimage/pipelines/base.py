@@ -197,7 +197,11 @@ class QwenImagePipelineBase(
     def _token_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_sample_size * self.vae_scale_factor
         height, width = default if height is None else height, default if width is None else width
-        rows, columns = packing.token_grid(self.vae_scale_factor, height, width)
+        if not isinstance(height, Integral) or not isinstance(width, Integral):
+            raise ValueError(
+                f"height and width must be whole numbers of pixels, got {height!r} and {width!r}."
+            )
+        rows, columns = packing.token_grid(self.vae_scale_factor, int(height), int(width))
         side = self.vae_scale_factor * packing.PATCH
         if rows < 1 or columns < 1:
             raise ValueError(f"height and width must be at least {side}, got {height} and {width}.")

@@ -338,8 +338,10 @@ def _checked(limit: float | None, buffer: float, persistent: int | None) -> int 
         ("vram_buffer", buffer),
         ("num_persistent_param_in_dit", persistent),
     ):
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be at least 0, got {value}.")
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
     return None if limit is None else round(limit * GIB)
 
 

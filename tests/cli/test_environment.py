@@ -116,7 +116,7 @@ def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> Non
     assert left.value.code == 0
     assert capsys.readouterr().out == f"qwenimage {__version__}\n"
     assert main([]) == 2
-    assert "required: COMMAND" in capsys.readouterr().err
+    assert "name a command: generate, train, lora, env" in capsys.readouterr().err
     assert main(["paint"]) == 2
     assert "invalid choice: 'paint'" in capsys.readouterr().err
 

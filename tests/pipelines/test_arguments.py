@@ -44,6 +44,8 @@ def run(name="QwenImagePipeline", **changes):
             "3 negative prompts for 1 prompts",
         ),
         ({"num_inference_steps": 0}, "at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, "a whole number of at least 1, got 2.5"),
+        ({"height": 32.5}, "whole numbers of pixels, got 32.5 and 32"),
         ({"num_images_per_prompt": 0}, "at least 1, got 0"),
         ({"max_sequence_length": 1025}, "between 1 and 1024, got 1025"),
         ({"height": 7}, "at least 8, got 7 and 32"),

@@ -192,7 +192,9 @@ def test_loha_and_dora(pipe: diffusers_qwenimage.QwenImagePipeline) -> None:
 def test_refusals(pipe: diffusers_qwenimage.QwenImagePipeline, tmp_path: Path) -> None:
     module = MODULES[0]
     cases: list[tuple[dict[str, Tensor], str]] = [
-        ({"unet.conv.lora_down.weight": torch.ones(2, 2)}, "unknown key"),
+        ({"unet.conv.lora_down.weight": torch.ones(2, 2)}, "none of its keys.*unknown key"),
+        ({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.ones(2, 2)}, "another model .FLUX"),
+        ({"decoder.up_blocks.0.conv.weight": torch.ones(2, 2)}, "it is no LoRA"),
         (lora_tensors("kohya", hidden=32), "does not fit.*a change of"),
         (lora_tensors(modules=("transformer_blocks.9.attn.to_q",)), "matches no layer.*opensource"),
         (lora_tensors(modules=(MODULES[0], "transformer_blocks.9.attn.to_q")), "does not exist there"),

@@ -182,7 +182,7 @@ def test_a_budget_that_cannot_work_is_refused_with_the_smallest_that_can(folder:
     with pytest.raises(ValueError, match=message):
         pipe.enable_vram_management(vram_limit=0.001, strict=True)
     assert draw(pipe).shape == (1, 32, 48, 3)  # nothing has happened
-    with pytest.raises(ValueError, match="vram_limit must be at least 0"):
+    with pytest.raises(ValueError, match="vram_limit must be a number of at least 0"):
         pipe.enable_vram_management(vram_limit=-1)
 
 
