@@ -186,7 +186,11 @@ class Visits:
             self._forget(index)
         if unit.packed is None or workspace is None:
             slot = self._ring.borrow(index, with_gradient=with_gradient)
-            return slot, slot.views(unit.layout)
+            try:
+                return slot, slot.views(unit.layout)
+            except BaseException:
+                self._ring.give_back(slot, ahead=False)
+                raise
         if workspace.holds == index:
             self._ring.pass_by(index, with_gradient=with_gradient)
             return None, workspace.views(unit.layout)
