@@ -1,14 +1,21 @@
-"""Datasets and options for the tests of training."""
+"""Datasets, options and trainers for the tests of training."""
 
 import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_qwenimage.training.config import TrainConfig
+from diffusers_qwenimage.training.data import inspect_rows
+from diffusers_qwenimage.training.metadata import read_rows
+from diffusers_qwenimage.training.models import find_models
 from diffusers_qwenimage.training.options import make_config
+from diffusers_qwenimage.training.stopping import StopSignal
+from diffusers_qwenimage.training.trainer import Trainer
 
 # As in the README's step 2.
 MODEL = (
@@ -66,3 +73,21 @@ def arguments(**changes: Any) -> list[str]:
     for name, value in options(**changes).items():
         line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return line
+
+
+def open_trainer(settings: TrainConfig) -> Trainer:
+    """A trainer that has loaded no model yet."""
+    samples = inspect_rows(read_rows(settings), settings, progress=False)
+    return Trainer(settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal())
+
+
+def make_trainer(**changes: Any) -> Trainer:
+    """A trainer before its first step. B of a LoRA is random: as 0 it would leave A without a gradient."""
+    trainer = open_trainer(config(**changes))
+    trainer.fill_cache()
+    trainer.prepare()
+    torch.manual_seed(3)
+    for name, parameter in trainer.trained.parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return trainer

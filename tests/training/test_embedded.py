@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from training_data import config
+from training_data import config, open_trainer
 
 from diffusers_qwenimage.loading import default_checkpoint
-from diffusers_qwenimage.training.data import inspect_rows
-from diffusers_qwenimage.training.metadata import read_rows
-from diffusers_qwenimage.training.models import find_models
 from diffusers_qwenimage.training.plan import Slot
-from diffusers_qwenimage.training.stopping import StopSignal
-from diffusers_qwenimage.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EMOJI = EXAMPLES / "datasets" / "emoji"
@@ -37,7 +31,7 @@ def test_loss_on_emoji_falls(tmp_path, monkeypatch, kind):
         batch_size=4,
         **{"max_steps": 30, "save_steps": 30, "lora_rank": 16, "learning_rate": 3e-3, **kind},
     )
-    before, after = make_trainer(settings), make_trainer(settings)
+    before, after = open_trainer(settings), open_trainer(settings)
     before.fill_cache()
     before.prepare()
     after.run(None)
@@ -47,11 +41,6 @@ def test_loss_on_emoji_falls(tmp_path, monkeypatch, kind):
             slots = [[Slot(index=i, counter=10**6 + 4 * n + i) for i in range(4)] for n in range(4)]
             losses.append(sum(trainer.learner.loss(batch)[0].item() for batch in slots) / 4)
     assert losses[1] < 0.8 * losses[0]
-
-
-def make_trainer(settings):
-    samples = inspect_rows(read_rows(settings), settings, progress=False)
-    return Trainer(settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal())
 
 
 @pytest.mark.slow

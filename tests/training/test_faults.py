@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from training_data import arguments, config, random_picture
+from training_data import arguments, config, open_trainer, random_picture
 
 from diffusers_qwenimage.cli import main
 from diffusers_qwenimage.training.cache import Encoders, TensorCache
@@ -21,8 +20,8 @@ from diffusers_qwenimage.training.data import BadImage, inspect_rows
 from diffusers_qwenimage.training.guard import Diverged, Guard
 from diffusers_qwenimage.training.metadata import read_rows
 from diffusers_qwenimage.training.models import find_models
-from diffusers_qwenimage.training.stopping import StopSignal, output_lock
-from diffusers_qwenimage.training.trainer import Trainer, train
+from diffusers_qwenimage.training.stopping import output_lock
+from diffusers_qwenimage.training.trainer import train
 
 
 def test_kill_while_saving_never_costs_a_finished_state(tmp_path):
@@ -134,11 +133,7 @@ def test_guard_skips_spikes():
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_picture_that_goes_bad_in_the_run(workplace, policy, caplog):
-    settings = config(cache=False, on_bad_image=policy, max_steps=8)
-    samples = inspect_rows(read_rows(settings), settings, progress=False)
-    trainer = Trainer(
-        settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal()
-    )
+    trainer = open_trainer(config(cache=False, on_bad_image=policy, max_steps=8))
     Path("data/1.png").write_bytes(b"broken")
     if policy == "error":
         with pytest.raises(BadImage, match="1.png has changed"):

@@ -5,22 +5,16 @@ import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
-from training_data import config
+from training_data import make_trainer
 
 from diffusers_qwenimage.kernels import use_backend
 from diffusers_qwenimage.offload import streamed
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.quantize.layers import QuantizedLinear
-from diffusers_qwenimage.training.data import inspect_rows
 from diffusers_qwenimage.training.memory import UNITS, WORKING_UNITS, plan_keep, weights_budget
-from diffusers_qwenimage.training.metadata import read_rows
-from diffusers_qwenimage.training.models import find_models
 from diffusers_qwenimage.training.modulation import ModulationRows, TabulatedLinear
 from diffusers_qwenimage.training.plan import Slot
-from diffusers_qwenimage.training.stopping import StopSignal
 from diffusers_qwenimage.training.trained import copy_mapped_
-from diffusers_qwenimage.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +26,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_trainer(**changes):
-    settings = config(**changes)
-    samples = inspect_rows(read_rows(settings), settings, progress=False)
-    trainer = Trainer(
-        settings, Accelerator(mixed_precision="no"), find_models(settings), samples, StopSignal()
-    )
-    trainer.fill_cache()
-    trainer.prepare()
-    torch.manual_seed(3)
-    for name, parameter in trainer.trained.parameters.items():
-        if "lora_B" in name:  # at first B is 0, and so is the gradient of A
-            torch.nn.init.normal_(parameter, std=0.1)
-    return trainer
 
 
 def loss_and_gradients(trainer, batch=2):
