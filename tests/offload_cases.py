@@ -1,6 +1,7 @@
 """What the tests of streaming share: tiny models with inputs, and a lane that copies as late as it may."""
 
 import contextlib
+import importlib
 import threading
 
 import components
@@ -9,6 +10,7 @@ import model_files
 import torch
 
 from diffusers_qwenimage import QwenImageTransformer2DModel
+from diffusers_qwenimage.checkpoint import empty_module, read_component
 from diffusers_qwenimage.offload import plan_stream, state
 
 NUM_BLOCKS = 5
@@ -56,6 +58,48 @@ def limit_of(model, share, *, split=False, **settings):
     """A budget between the smallest (0; `split`: for parts of blocks) and that of everything (1)."""
     whole = plan_stream(model, None, device="cpu", split=split, **settings)
     return int(whole.smallest_bytes + share * (whole.resident_bytes - whole.smallest_bytes))
+
+
+def empty(folder, dtype=torch.float32):
+    """A transformer on meta as its files say, and their weights."""
+    config, weights = read_component(folder, "transformer")
+    model = empty_module(lambda: QwenImageTransformer2DModel.from_config(config))
+    return model.to(dtype).eval().requires_grad_(False), weights
+
+
+class FailsAt:
+    """A function that fails when it is called for the `number`th time."""
+
+    def __init__(self, function, number, error):
+        self.function, self.left, self.error = function, number, error
+        self.failed = False
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.failed = True
+            raise self.error
+        return self.function(*args, **kwargs)
+
+    def __get__(self, instance, owner):
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+
+def inject(patch, target, number, error):
+    """Let the `number`th call of what `target` names fail."""
+    path, _, name = target.rpartition(".")
+    owner = _resolve(path)
+    fails = FailsAt(getattr(owner, name), number, error)
+    patch.setattr(owner, name, fails)
+    return fails
+
+
+def _resolve(path):
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(_resolve(module), name)
 
 
 class LateLane:

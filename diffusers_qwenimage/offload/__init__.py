@@ -18,6 +18,7 @@
 | ring.py | slots on the device, and which block comes next |
 | copy_lane.py | copies beside the work: a stream and events |
 | mapped.py | weights that stay in a memory-mapped file |
+| pinning.py | from mapped files to pinned memory, while the module works |
 | one_visit.py | `passing`: modules that visit the device once |
 | packed.py | bf16 weights that are copied in three quarters of their bytes |
 | memory.py | pinned host memory without rounding |
@@ -29,24 +30,38 @@
 from .adopt import adopt
 from .one_visit import passing
 from .packed import pack_streamed
+from .pinning import Pinner
 from .plan import BlockPlan, Source, StreamPlan, Surveys, plan_stream, surveys_of
-from .stream import fetched_bytes, rest, stream, streamed, unstream
+from .stream import (
+    fetched_bytes,
+    finish_pinning,
+    pinned_bytes,
+    rest,
+    stream,
+    streamed,
+    unpinned_bytes,
+    unstream,
+)
 from .survey import find_blocks
 
 __all__ = [
     "BlockPlan",
+    "Pinner",
     "Source",
     "StreamPlan",
     "Surveys",
     "adopt",
     "fetched_bytes",
     "find_blocks",
+    "finish_pinning",
     "pack_streamed",
     "passing",
+    "pinned_bytes",
     "plan_stream",
     "rest",
     "stream",
     "streamed",
     "surveys_of",
+    "unpinned_bytes",
     "unstream",
 ]

@@ -30,6 +30,7 @@ from diffusers_qwenimage.quantize.stored import stored_weight
 from .empty import hang, is_quantised, made_here, owner_of, tie, ties, wanted_type
 from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
+from .pinning import Pinner
 from .placing import Progress, layout_for, unit_of
 from .plan import Placement, Source, StreamPlan, Surveys, make_plan
 from .reading import Files, Piece, cut, runs_of
@@ -59,6 +60,7 @@ def adopt(
     split: bool | None = None,
     surveys: Surveys | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pinner: Pinner | None = None,
 ) -> StreamPlan:
     """Load a module that is on the meta device, and stream it.
 
@@ -72,6 +74,8 @@ def adopt(
         device: as in `stream`, like the other arguments.
         surveys: as in `plan_stream`.
         progress: called with (bytes done, bytes in all).
+        pinner: what streams from pinned memory stays in the mapped file for now, as far as it is there as it
+            is used, and is pinned when the module has been used once; None: it is pinned here.
 
     Raises:
         ValueError: if tensors are missing, unknown or of another shape, or the file is quantised in an
@@ -98,9 +102,9 @@ def adopt(
         _check_unchanged(module, placement, scaled)
 
     def place(placement: Placement, device: torch.device, progress: Progress) -> list[Unit]:
-        return _Adoption(module, placement, device, progress).run(scaled)
+        return _Adoption(module, placement, device, progress, may_wait=pinner is not None).run(scaled)
 
-    Streaming(module, placement, target).start(place, progress)
+    Streaming(module, placement, target, pinner).start(place, progress)
     return placement.plan
 
 
@@ -133,15 +137,23 @@ class _Adoption:
         placement: where everything goes.
         device: where resident weights go.
         progress: is told.
+        may_wait: whether what streams may be pinned later.
     """
 
     def __init__(
-        self, module: nn.Module, placement: Placement, device: torch.device, progress: Progress
+        self,
+        module: nn.Module,
+        placement: Placement,
+        device: torch.device,
+        progress: Progress,
+        *,
+        may_wait: bool,
     ) -> None:
         self._module = module
         self._placement = placement
         self._device = device
         self._progress = progress
+        self._may_wait = may_wait
         self._memory = HostMemory(device)
         self._slabs: list[_Slab] = []
         self._place_of: dict[str, tuple[_Slab, Tensor]] = {}
@@ -157,7 +169,7 @@ class _Adoption:
 
     def run(self, scaled: ScaledCheckpoint) -> list[Unit]:
         """Read everything, and give the module its tensors."""
-        self._prepare()
+        self._prepare(scaled)
         self._rotations = scaled.rotations
         factors = dict(Checkpoint(tensors=scaled.scales, metadata={}).read())
         if self._device.type == "cuda":
@@ -202,7 +214,7 @@ class _Adoption:
             for job in jobs:
                 job.cancel()  # those that have not begun, after one has failed
 
-    def _prepare(self) -> None:
+    def _prepare(self, scaled: ScaledCheckpoint) -> None:
         parts = self._placement.survey
         mapped = self._placement.plan.source == "mapped"
         self._add_slab("", parts.rest, resident=True)
@@ -210,12 +222,23 @@ class _Adoption:
         for block, resident, streamed in rows:
             self._add_slab(block.name, block.small, resident=True)
             self._add_slab(block.name, resident, resident=True)
-            if mapped:
-                self._stays.update({m.key: m for group in streamed for m in group})
-                self._streams.update(self._stays)
+            if mapped or (self._may_wait and self._can_wait(streamed, scaled)):
+                keys = {m.key: m for group in streamed for m in group}
+                self._stays.update(keys)
+                self._streams.update(keys)
             elif streamed:
                 self._add_slab(block.name, streamed, resident=False)
         self._stays.update({m.key: m for group in parts.on_host for m in group})
+
+    def _can_wait(self, groups: Sequence[Group], scaled: ScaledCheckpoint) -> bool:
+        """Whether all of these are in files, as they are used."""
+        for key in (member.key for group in groups for member in group):
+            stored = scaled.weights.tensors.get(key)
+            if stored is None or stored.value is not None or key in scaled.rotations:
+                return False
+            if not self._is_as_wanted(key, DTYPES.get(stored.entry.dtype), key in scaled.scales):
+                return False
+        return True
 
     def _add_slab(self, name: str, groups: Sequence[Group], *, resident: bool) -> None:
         layout, members = layout_for(groups)
@@ -350,12 +373,12 @@ class _Adoption:
 
     def _give(self) -> list[Unit]:
         """Hang the tensors into the module."""
-        units: list[Unit] = []
+        units: dict[str, Unit] = {}
         shared = ties(self._module)  # before tensors are replaced
         for slab in self._slabs:
             if slab.host is not None:
                 unit = unit_of(slab.name, slab.members, slab.layout, slab.host)
-                units.append(unit)
+                units[slab.name] = unit
                 views = unit.homes
             else:
                 views = slab.layout.views(slab.memory)
@@ -364,23 +387,23 @@ class _Adoption:
         for key, member in self._stays.items():
             if member.tensor.is_meta:
                 hang(member, self._left[key])
-        if self._placement.plan.source == "mapped":
-            units = self._mapped_units()
         for owner, name, of, there in shared:
             owner._parameters[name] = of._parameters[there]
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return units
+        return self._with_mapped(units)
 
-    def _mapped_units(self) -> list[Unit]:
-        units = []
-        blocks = zip(self._placement.survey.blocks, self._placement.streamed, strict=True)
-        for block, groups in blocks:
+    def _with_mapped(self, units: Mapping[str, Unit]) -> list[Unit]:
+        """All units in the order of the blocks: those in slabs, and those that are left where they are."""
+        found = []
+        for block, groups in zip(self._placement.survey.blocks, self._placement.streamed, strict=True):
             layout, members = layout_for(groups)
-            if members:
+            if block.name in units:
+                found.append(units[block.name])
+            elif members:
                 homes = [member.tensor.detach() for member in members]
-                units.append(Unit(name=block.name, members=members, layout=layout, homes=homes, slab=None))
-        return units
+                found.append(Unit(name=block.name, members=members, layout=layout, homes=homes, slab=None))
+        return found
 
 
 def _check_unchanged(module: nn.Module, placement: Placement, scaled: ScaledCheckpoint) -> None:

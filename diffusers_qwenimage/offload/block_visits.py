@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .pinning import LatePinning
 from .ring import Ring, Slot, Unit
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Visits:
         device: where they compute.
         aside: modules within blocks that fetch their weights themselves.
         is_split: whether these are parts of blocks: a backward pass would need all of a block's at once.
+        pinning: of the units, if some are still to be pinned.
 
     Attributes:
         workspace: where packed weights are unpacked.
@@ -70,6 +72,7 @@ class Visits:
         aside: Sequence[nn.Module],
         *,
         is_split: bool = False,
+        pinning: LatePinning | None = None,
     ) -> None:
         self._units = units
         self._modules = modules
@@ -78,6 +81,7 @@ class Visits:
         self._aside = frozenset(map(id, aside))
         self._is_split = is_split
         self.workspace: Workspace | None = None
+        self._pinning = pinning
         self._busy = threading.Lock()
         self._open: Visit | None = None
         self._kept: Visit | None = None
@@ -106,6 +110,8 @@ class Visits:
             )
         try:
             self.settle()
+            if self._pinning is not None:
+                self._pinning.visit(index)
             self._begin(index, torch.is_grad_enabled())
         except BaseException:
             self._abandon()
@@ -132,6 +138,22 @@ class Visits:
             # A graph without checkpoints may still refer to the slot; it has to notice.
             torch.autograd.graph.increment_version(visit.tensors)
 
+    def finish_pinning(self) -> None:
+        """Wait until all units are pinned, if they are to be.
+
+        Raises:
+            RuntimeError: during a visit.
+        """
+        if self._pinning is None:
+            return
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("Wait for pinned memory between calls of the module, not during one.")
+        try:
+            self.settle()
+            self._pinning.finish()
+        finally:
+            self._busy.release()
+
     def close(self) -> None:
         """Let go of all memory: hooks that were removed may live until Python collects cycles."""
         self.settle()
@@ -143,6 +165,8 @@ class Visits:
         """The tensors of a unit at home, to be changed there; copies on the device follow."""
         visit = next((v for v in (self._open, self._kept) if v is not None and v.index == index), None)
         unit = self._units[index]
+        if self._pinning is not None:
+            self._pinning.will_change(index)
         if visit is None:
             try:
                 yield

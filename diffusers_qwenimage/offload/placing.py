@@ -32,15 +32,21 @@ class Progress:
 
 
 def place_existing(
-    before: dict[str, Unit], placement: Placement, device: torch.device, progress: Progress
+    before: dict[str, Unit],
+    placement: Placement,
+    device: torch.device,
+    progress: Progress,
+    *,
+    may_wait: bool = False,
 ) -> list[Unit]:
     """Move the weights of a module, block by block, so that nothing is held twice for long.
 
     Args:
-        before: what is pinned already, by the name of the block; it is used up.
+        before: what streams already, by the name of the block; it is used up.
         placement: where weights go.
         device: where resident weights go.
         progress: is told.
+        may_wait: leave blocks that were not pinned before where they are: they will be pinned later.
 
     Raises:
         ValueError: if a weight is on the meta device.
@@ -64,7 +70,7 @@ def place_existing(
             old = before.pop(block.name, None)
             if old is not None and _can_stay(old, streamed, placement):
                 jobs.append(pool.submit(_keep, old, progress))
-            elif placement.plan.source == "mapped":
+            elif placement.plan.source == "mapped" or (may_wait and old is not None and old.slab is None):
                 jobs.append(pool.submit(_leave, block.name, streamed))
             else:
                 jobs.append(pool.submit(_place_streamed, block.name, streamed, memory, progress))

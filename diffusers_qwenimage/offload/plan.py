@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from .mapped import buffer_bytes
 from .survey import Block, Group, Survey, layout_bytes, num_bytes_of, survey
 
 Source = Literal["pinned", "mapped"]
@@ -320,7 +321,7 @@ def _placement(
         resident_bytes=_device_bytes(parts, levels, 0),
         slot_bytes=num_slots * rounded(max(of_blocks)),
         streamed_bytes=total,
-        pinned_bytes=total if source == "pinned" else num_slots * max(of_blocks),
+        pinned_bytes=total if source == "pinned" else buffer_bytes(max(of_blocks)),
         on_call_bytes=num_bytes_of(parts.on_host),
         smallest_bytes=smallest[0],
         smallest_overlapping_bytes=smallest[1],

@@ -80,7 +80,7 @@ class Unit:
 
     def sample(self) -> list[Tensor]:
         """A few bytes of every tensor."""
-        return [_sample(home) for home in self.homes]
+        return [sample(home) for home in self.homes]
 
 
 @dataclass(kw_only=True)
@@ -123,6 +123,11 @@ class Feeder:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Pinned memory of its own, beside that of the units."""
+        return 0
 
     def start(self, unit: Unit, slot: Slot) -> None:
         """Start to fill a slot; it may still be read until its mark `free`."""
@@ -323,7 +328,8 @@ class Ring:
         return max(free, key=lambda slot: soon.index(slot.holds) if slot.holds in soon else len(soon))
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def sample(tensor: Tensor) -> Tensor:
+    """A few bytes of a tensor in host memory, from everywhere in it."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     stride = max(1, flat.numel() // SAMPLES) | 1  # odd: high and low bytes in turn
     return flat[::stride].clone()

@@ -22,7 +22,8 @@ from .hooks import (
     remove,
 )
 from .mapped import MappedFeeder
-from .memory import device_slab
+from .memory import HostMemory, device_slab
+from .pinning import LatePinning, Pinner
 from .placing import Progress, bring_home
 from .plan import Placement
 from .ring import Feeder, Ring, Slot, Unit
@@ -44,11 +45,20 @@ class Streaming:
         module: the module.
         placement: what stays and what streams.
         device: where it computes.
+        pinner: pins what was left in mapped files though it is to be pinned.
     """
 
-    def __init__(self, module: nn.Module, placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        placement: Placement,
+        device: torch.device,
+        pinner: Pinner | None = None,
+    ) -> None:
         self.placement = placement
         self.device = device
+        self._pinner = pinner
+        self._pinning: LatePinning | None = None
         self._module = module
         self._units: list[Unit] = []
         self._slots: list[Slot] = []
@@ -79,6 +89,19 @@ class Streaming:
     def fetched_bytes(self) -> int:
         """Bytes copied to the device for visits."""
         return 0 if self._ring is None else self._ring.fetched_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that is pinned now."""
+        units = sum(unit.slab.tensor.numel() for unit in self._units if unit.slab is not None)
+        return units + (0 if self._feeder is None else self._feeder.pinned_bytes)
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Of what streams from pinned memory by plan, bytes that are not there yet."""
+        if self.placement.plan.source != "pinned":
+            return 0
+        return sum(unit.layout.num_bytes for unit in self._units if unit.slab is None)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Copies and pickles would hold the same slots.
@@ -120,10 +143,21 @@ class Streaming:
     def rest(self) -> None:
         """Give the memory of the slots back until the next visit."""
         self.settle()
+        if self._pinning is not None:
+            self._pinning.rest()
         if self._ring is not None:
             self._ring.rest()
         if self._visits is not None and self._visits.workspace is not None:
             self._visits.workspace.rest()
+
+    def finish_pinning(self) -> None:
+        """Wait until everything that is to be pinned is, and let the tensors be there.
+
+        Raises:
+            RuntimeError: during a visit to a block.
+        """
+        if self._visits is not None:
+            self._visits.finish_pinning()
 
     def start(self, place: Place, progress: Callable[[int, int], None] | None = None) -> None:
         """Place the weights and register the hooks; if that fails, the module is whole, on the CPU.
@@ -156,6 +190,8 @@ class Streaming:
     def disconnect(self) -> dict[str, Unit]:
         """Remove the hooks and give the slots back; what streamed, still pinned, by the name of the block."""
         self.settle()
+        if self._pinning is not None:
+            self._pinning.stop()
         if self._feeder is not None:
             self._feeder.stop()
         self._lane.drain()
@@ -172,6 +208,7 @@ class Streaming:
             unit.drop_packed()
         units = {unit.name: unit for unit in self._units}
         self._units, self._slots, self._ring, self._visits, self._feeder = [], [], None, None, None
+        self._pinning = None
         self._module.__dict__.pop("_apply", None)
         self._module.__dict__.pop(STATE, None)
         _hooks_changed(self._module)
@@ -197,6 +234,11 @@ class Streaming:
                 if inside:
                     lists.append(range(inside[0], inside[-1] + 1))
             self._feeder = self._make_feeder()
+            if self.placement.plan.source == "pinned" and any(unit.slab is None for unit in self._units):
+                assert self._pinner is not None
+                memory = HostMemory(self.device)
+                stop = self._feeder.stop
+                self._pinning = LatePinning(self._units, memory, self._pinner, when_done=stop)
             self._ring = Ring(self._units, lists, self._slots, feeder=self._feeder, lane=self._lane)
             self._visits = Visits(
                 self._units,
@@ -205,6 +247,7 @@ class Streaming:
                 self.device,
                 list(parts.on_call.values()),
                 is_split=parts.is_split,
+                pinning=self._pinning,
             )
         for index, unit in enumerate(self._units):
             assert self._visits is not None
@@ -220,9 +263,8 @@ class Streaming:
         self._module.__dict__["_apply"] = _Guard(self._module, self.device)
 
     def _make_feeder(self) -> Feeder:
-        if self.placement.plan.source == "pinned":
-            return Feeder(self._lane)
-        return MappedFeeder(self._lane, self._units, self.device)
+        mapped = [unit for unit in self._units if unit.slab is None]
+        return MappedFeeder(self._lane, mapped, self.device) if mapped else Feeder(self._lane)
 
     def _hook(self, module: nn.Module, hook: Any, name: str) -> None:
         add_innermost(module, hook, name)

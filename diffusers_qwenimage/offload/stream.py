@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from .pinning import Pinner
 from .placing import place_existing
 from .plan import Source, StreamPlan, Surveys, make_plan
 from .state import Streaming, state_of
@@ -33,6 +34,7 @@ def stream(
     split: bool | None = None,
     surveys: Surveys | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pinner: Pinner | None = None,
 ) -> StreamPlan:
     """Stream the weights of a module's blocks to a device; again with another budget to plan anew.
 
@@ -58,6 +60,7 @@ def stream(
             for two whole blocks.
         surveys: as in `plan_stream`.
         progress: called with (bytes done, bytes in all).
+        pinner: pins what `adopt` left in mapped files for now; None: it is pinned here.
 
     Raises:
         ValueError: if the budget is too small, or the module cannot be streamed.
@@ -84,7 +87,8 @@ def stream(
         units = before.disconnect()
         if target.type == "cuda":
             torch.cuda.empty_cache()  # else small slots would lie in a part of what held large ones
-    Streaming(module, placement, target).start(partial(place_existing, units), progress)
+    place = partial(place_existing, units, may_wait=pinner is not None)
+    Streaming(module, placement, target, pinner).start(place, progress)
     return placement.plan
 
 
@@ -119,6 +123,25 @@ def fetched_bytes(module: nn.Module) -> int:
     """Bytes copied to the device for visits since `stream`; 0 if the module does not stream."""
     state = state_of(module)
     return 0 if state is None else state.fetched_bytes
+
+
+def pinned_bytes(module: nn.Module) -> int:
+    """Host memory that is pinned for a module now; 0 if it does not stream."""
+    state = state_of(module)
+    return 0 if state is None else state.pinned_bytes
+
+
+def unpinned_bytes(module: nn.Module) -> int:
+    """Bytes of a module that stream from mapped files until a `Pinner` has pinned them."""
+    state = state_of(module)
+    return 0 if state is None else state.unpinned_bytes
+
+
+def finish_pinning(module: nn.Module) -> None:
+    """Wait until what a `Pinner` is to pin is pinned. Does nothing for a module without such weights."""
+    state = state_of(module)
+    if state is not None:
+        state.finish_pinning()
 
 
 def device_of(device: str | torch.device) -> torch.device:

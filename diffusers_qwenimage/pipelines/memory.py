@@ -57,7 +57,7 @@ class VramManagementMixin(ABC):
             device: what to compute on; None: where the pipeline computes, or the GPU if there is one.
             strict: refuse a limit that cannot be kept, instead of exceeding it.
             source: where streamed weights wait: "pinned" host memory, or as they are ("mapped" files); None
-                chooses pinned if there is enough of it.
+                chooses pinned if there is enough of it, and goes on with weights that are being pinned.
             demand: the largest picture to place the weights for; None: the default picture. A larger one is
                 planned for when it comes.
 
@@ -126,6 +126,17 @@ class VramManagementMixin(ABC):
             self._vram.stop(device)
             self._vram = None
 
+    def finish_pinning(self) -> None:
+        """Wait until all that streams is in pinned memory, as it is some time after loading with a budget.
+
+        Steps are faster then. Does nothing where nothing is to be pinned.
+
+        Raises:
+            RuntimeError: while a picture is made.
+        """
+        if self._vram is not None:
+            self._vram.finish_pinning()
+
     def memory_report(self) -> MemoryReport:
         """What is on the device, what streams and from where, the expected peak and time per step.
 
@@ -151,10 +162,10 @@ class VramManagementMixin(ABC):
             buffer=self._vram.buffer,
             context=self._vram.context,
             demand=demand,
-            components=component_reports(plan),
+            components=component_reports(plan, self._vram.unpinned_bytes),
             peaks=dict(plan.peaks),
             smallest=plan.smallest_bytes + aside,
-            pinned=plan.host_bytes,
+            pinned=self._vram.pinned_bytes,
             tile=None if plan.tile is None else plan.tile * ratio,
             frugal=plan.frugal,
             seconds_per_step=seconds,
@@ -222,7 +233,9 @@ class DiffusersVramMixin(VramManagementMixin):
             stream_from: "pinned": what does not fit is copied to pinned host memory first, which takes about
                 a third of a second for each GB (measured on one machine). "mapped": it stays in the files,
                 which must hold it as it is used: only the resident part is read before the first picture, but
-                steps take longer. None: as of `enable_vram_management`.
+                steps take longer. None: it streams from the files at first, as far as they hold it as it is
+                used, and is pinned in the background from the second step on, if there is enough host memory
+                (`finish_pinning` waits for that).
             device: what to compute on; None: the GPU if there is one.
             dtype: type of the weights; bfloat16 if not given.
             demand: the largest picture to place the weights for; None: the default picture.

@@ -1,5 +1,6 @@
 """What is where, and what it costs: for people, and as numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .needs import Demand
@@ -17,6 +18,7 @@ class ComponentReport:
         slots: on the device while it works, for what streams.
         streamed: copied to the device in each pass.
         source: where that comes from: "pinned" host memory, a "mapped" file, or "" if nothing streams.
+        unpinned: of what streams from pinned memory, what comes from the file until it is pinned.
         on_call: stays on the host, and comes for a call or never.
     """
 
@@ -26,11 +28,14 @@ class ComponentReport:
     streamed: int
     source: str
     on_call: int
+    unpinned: int = 0
 
     def __str__(self) -> str:
         """A row of a table."""
         sizes = (self.resident, self.slots, self.streamed, self.on_call)
         source = f"  from {SOURCE_NAMES[self.source]}" if self.source else ""
+        if self.unpinned:
+            source += f" ({_size(self.unpinned)} from the file until they are pinned)"
         return f"{self.name:14}" + "".join(f"{_size(size):>11}" for size in sizes) + source
 
 
@@ -47,7 +52,7 @@ class MemoryReport:
         components: of the pipeline.
         peaks: expected peak of each moment, in bytes, beside buffer and context.
         smallest: the smallest budget for such pictures, buffer and context included.
-        pinned: host memory that is pinned.
+        pinned: host memory that is pinned now.
         tile: side of the VAE's tiles in picture pixels, None without tiles.
         frugal: whether the transformer takes samples one by one, to save memory.
         seconds_per_step: estimated.
@@ -120,8 +125,8 @@ class MemoryReport:
 SOURCE_NAMES = {"pinned": "pinned memory", "mapped": "the file, or memory as it is"}
 
 
-def component_reports(plan: PipelinePlan) -> tuple[ComponentReport, ...]:
-    """One for each component of a plan."""
+def component_reports(plan: PipelinePlan, unpinned: Mapping[str, int]) -> tuple[ComponentReport, ...]:
+    """One for each component of a plan; `unpinned`: by its name, what is still to be pinned of it."""
     reports = []
     for name, part in (("transformer", plan.transformer), ("text_encoder", plan.text_encoder)):
         if part is not None:
@@ -133,6 +138,7 @@ def component_reports(plan: PipelinePlan) -> tuple[ComponentReport, ...]:
                     streamed=part.streamed_bytes,
                     source=part.source if part.streamed_bytes else "",
                     on_call=part.on_call_bytes,
+                    unpinned=unpinned.get(name, 0),
                 )
             )
     stays = plan.vae_bytes if plan.vae_stays else 0

@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusers_qwenimage.checkpoint import Checkpoint
-from diffusers_qwenimage.offload import Source, StreamPlan, Surveys, adopt, rest, stream, streamed, unstream
+from diffusers_qwenimage.offload import (
+    Pinner,
+    Source,
+    StreamPlan,
+    Surveys,
+    adopt,
+    finish_pinning,
+    pinned_bytes,
+    rest,
+    stream,
+    streamed,
+    unpinned_bytes,
+    unstream,
+)
 from diffusers_qwenimage.vae import TILING_ATTRIBUTES
 
 from .needs import (
@@ -56,7 +69,8 @@ class VramManager:
             CUDA itself.
         strict: refuse a picture that does not fit the budget; else it is made with as little as can be.
         persistent_parameters: the most parameters of the transformer that stay on the device.
-        source: where streamed weights wait; None chooses pinned memory if there is enough.
+        source: where streamed weights wait; None chooses pinned memory if there is enough, to which weights
+            go from files in the background.
         show_progress: show bars while weights are placed.
         files: weights of components that are on the meta device, by the component's name.
     """
@@ -85,6 +99,7 @@ class VramManager:
         self._source = source
         self._show_progress = show_progress
         self._files = dict(files or {})
+        self._pinner = Pinner() if source is None else None
         self._vae: Any = None
         self._planned: tuple[int, ...] = ()
         self.plan: PipelinePlan | None = None
@@ -112,6 +127,23 @@ class VramManager:
         self._place(parts, plan)
         self.plan, self._planned = plan, state
         logger.info("%s", "; ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.peaks.items()))
+
+    def finish_pinning(self) -> None:
+        """Wait until everything that is to be pinned is."""
+        for module in _streaming(self._parts()):
+            finish_pinning(module)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that is pinned now."""
+        return sum(map(pinned_bytes, _streaming(self._parts())))
+
+    @property
+    def unpinned_bytes(self) -> Mapping[str, int]:
+        """What streams from files until it is pinned, by the name of the component."""
+        parts = self._parts()
+        named = {"transformer": parts.transformer, "text_encoder": parts.text_encoder}
+        return {name: unpinned_bytes(module) for name, module in named.items() if module is not None}
 
     def stop_managing(self) -> None:
         """Let another manager take over: the weights stay as they are."""
@@ -165,7 +197,7 @@ class VramManager:
             plan = self._plan_from(parts, demand, self._source, self._source)
             self._check_budget(parts, plan)
             return plan
-        spare = psutil.virtual_memory().available - HOST_RESERVE + _pinned_now(parts)
+        spare = psutil.virtual_memory().available - HOST_RESERVE + self.pinned_bytes
         for source, text_source in SOURCES:
             plan = self._plan_from(parts, demand, source, text_source)
             if source == text_source == "pinned":
@@ -220,7 +252,11 @@ class VramManager:
         self, module: Any, plan: StreamPlan | None, surveys: Mapping[str, Surveys], name: str
     ) -> None:
         """Place a component as planned: from its files, if it has no weights yet."""
-        if module is None or plan is None or _is_placed(module, plan):
+        if module is None or plan is None:
+            return
+        if _is_placed(module, plan):
+            if self._pinner is None:
+                finish_pinning(module)
             return
         total = plan.resident_bytes + plan.streamed_bytes
         with tqdm(
@@ -237,6 +273,7 @@ class VramManager:
                 "source": plan.source,
                 "surveys": surveys[name],
                 "progress": lambda done, _: bar.update(done - bar.n),
+                "pinner": self._pinner,
             }
             if name in self._files:
                 adopt(module, self._files[name], **arguments)
@@ -343,9 +380,8 @@ def _is_placed(module: nn.Module, plan: StreamPlan) -> bool:
     )
 
 
-def _pinned_now(parts: Parts) -> int:
-    plans = [streamed(module) for module in (parts.transformer, parts.text_encoder) if module is not None]
-    return sum(plan.pinned_bytes for plan in plans if plan is not None)
+def _streaming(parts: Parts) -> list[Any]:
+    return [module for module in (parts.transformer, parts.text_encoder) if module is not None]
 
 
 def _state_of(parts: Parts) -> tuple[int, ...]:

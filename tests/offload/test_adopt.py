@@ -5,12 +5,21 @@ import mmap
 
 import pytest
 import torch
-from offload_cases import late_lane, limit_of, run, text_encoder, text_inputs, transformer, transformer_inputs
+from offload_cases import (
+    empty,
+    late_lane,
+    limit_of,
+    run,
+    text_encoder,
+    text_inputs,
+    transformer,
+    transformer_inputs,
+)
 
-from diffusers_qwenimage import QwenImageTransformer2DModel
-from diffusers_qwenimage.checkpoint import empty_module, from_tensors, open_checkpoint, read_component
+from diffusers_qwenimage.checkpoint import empty_module, from_tensors, open_checkpoint
 from diffusers_qwenimage.files import write_safetensors
-from diffusers_qwenimage.offload import adopt, plan_stream, rest, stream, streamed, unstream
+from diffusers_qwenimage.offload import adopt, pinned_bytes, plan_stream, rest, stream, streamed, unstream
+from diffusers_qwenimage.offload.mapped import NUM_BUFFERS
 from diffusers_qwenimage.quantize import quantize_
 
 SHARES = (0.0, 0.3, 0.6, 1.0)
@@ -22,12 +31,6 @@ def folder(tmp_path_factory):
     transformer().save_pretrained(path, max_shard_size="600KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     return path
-
-
-def empty(folder, dtype=torch.float32):
-    config, weights = read_component(folder, "transformer")
-    model = empty_module(lambda: QwenImageTransformer2DModel.from_config(config))
-    return model.to(dtype).eval().requires_grad_(False), weights
 
 
 @pytest.mark.parametrize("source", ["pinned", "mapped"])
@@ -97,7 +100,8 @@ def test_text_encoder_with_buffers_that_no_file_holds():
 def test_mapped_weights_stay_in_the_file(folder):
     model, weights = empty(folder)
     plan = adopt(model, weights, device="cpu", vram_limit=limit_of(model, 0.0), source="mapped")
-    assert plan.pinned_bytes == plan.slot_bytes == plan.num_slots * max(b.streamed_bytes for b in plan.blocks)
+    assert plan.pinned_bytes == NUM_BUFFERS * max(b.streamed_bytes for b in plan.blocks)  # small ones
+    assert pinned_bytes(model) == plan.pinned_bytes
     weight = model.transformer_blocks[0].img_mlp.net[2].weight
     mapping = weight.untyped_storage()
     assert mapping.nbytes() >= weight.nbytes and isinstance(mmap.PAGESIZE, int)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from offload_cases import NUM_BLOCKS, late_lane, limit_of, run, transformer, transformer_inputs
+from offload_cases import NUM_BLOCKS, inject, late_lane, limit_of, run, transformer, transformer_inputs
 from peft import LoraConfig
 
 from diffusers_qwenimage import kernels
@@ -20,42 +20,6 @@ PLACING = (
     "diffusers_qwenimage.offload.memory.HostMemory.slab",
     "diffusers_qwenimage.offload.memory.HostMemory.pin",
 )
-
-
-class FailsAt:
-    """A function that fails when it is called for the `number`th time."""
-
-    def __init__(self, function, number, error):
-        self.function, self.left, self.error = function, number, error
-        self.failed = False
-
-    def __call__(self, *args, **kwargs):
-        self.left -= 1
-        if self.left == 0:
-            self.failed = True
-            raise self.error
-        return self.function(*args, **kwargs)
-
-    def __get__(self, instance, owner):
-        return lambda *args, **kwargs: self(instance, *args, **kwargs)
-
-
-def inject(patch, target, number, error):
-    path, _, name = target.rpartition(".")
-    owner = _resolve(path)
-    fails = FailsAt(getattr(owner, name), number, error)
-    patch.setattr(owner, name, fails)
-    return fails
-
-
-def _resolve(path):
-    import importlib
-
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError:
-        module, _, name = path.rpartition(".")
-        return getattr(_resolve(module), name)
 
 
 WAYS = {  # blocks or their parts, in 8 bits or not, and a share of the weights that leaves some to stream
