@@ -84,9 +84,10 @@ def _after_backward(
         found.append(gate_norm_backward(grad[here], None, grad[here], None, y[here], gate))
         add_(sums, index, {5: given(found[-1].gate)})
     grad_mlp = join([given(each.y) for each in found])
-    grad_up = torch.empty_like(part.up)
-    stream.down.backward(grad_mlp, part.active, part.mlp_hidden, factors, grad_up)
-    part.active = None
+    del found, y
+    part.mlp = None
+    grad_up, part.active = part.active, None  # its memory: the last product that reads it comes before
+    stream.down.backward(grad_mlp, grad_up, part.mlp_hidden, factors, grad_up)
     torch.ops.aten.gelu_backward.grad_input(grad_up, part.up, approximate="tanh", grad_input=grad_up)
     part.up = None
     grad_second = grad_mlp  # its memory: it is not needed any more

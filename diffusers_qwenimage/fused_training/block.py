@@ -171,15 +171,17 @@ def open_call(
     layers = [layer for layer in found if layer is not None]
     assert len(layers) == len(found)
     batch, num_image, _ = image_BLD.shape
+    image = _stream(layers[:7], attn.norm_q.weight, attn.norm_k.weight)
+    text = _stream(layers[7:], attn.norm_added_q.weight, attn.norm_added_k.weight)
     return Call(
         block=block,
-        image=_stream(layers[:7], attn.norm_q.weight, attn.norm_k.weight),
-        text=_stream(layers[7:], attn.norm_added_q.weight, attn.norm_added_k.weight),
+        image=image,
+        text=text,
         heads=attn.heads,
         samples=samples_of(batch, num_image, text_lengths or (text_BTD.shape[1],) * batch),
         temb=temb.detach(),
         tables=tables,
         keep=keep,
         needs_modulation=bool(layers[0].parameters or layers[7].parameters),
-        trained=[parameter for layer in layers for parameter in layer.parameters],
+        trained=[*image.parameters, *text.parameters],
     )

@@ -66,12 +66,13 @@ def _before_attention_(
         normed.append(norm_modulate(part.x[here], scale[None], shift[None]))
     part.normed = join(normed)
     if len(rows) == 1:
-        part.qkv_hidden = stream.three.write(joint[rows[0][1]].flatten(1), part.normed, factors)
+        there = joint[rows[0][1]].flatten(1)
+        part.qkv_hidden = stream.three.write(there, part.normed, factors, part.qkv_hidden)
         return
     together = part.normed.new_empty(part.normed.shape[0], *joint.shape[1:])
-    part.qkv_hidden = stream.three.write(together.flatten(1), part.normed, factors)
-    for here, there in rows:
-        joint[there] = together[here]
+    part.qkv_hidden = stream.three.write(together.flatten(1), part.normed, factors, part.qkv_hidden)
+    for here, place in rows:
+        joint[place] = together[here]
 
 
 def attention_out_(
@@ -79,7 +80,7 @@ def attention_out_(
 ) -> None:
     """The output projection of attention, gate, residual, norm and modulation."""
     part.attended = gather(values.attended, [there for _, there in rows])
-    part.attention, part.attention_hidden = stream.out.apply(part.attended, factors)
+    part.attention, part.attention_hidden = stream.out.apply(part.attended, factors, part.attention_hidden)
     middle, second = [], []
     for index, (here, _) in enumerate(rows):
         _, _, gate, shift, scale, _ = modulation_of_sample(part, index)
@@ -93,7 +94,7 @@ def mlp_(stream: Stream, part: StreamValues, rows: Sequence[Rows], factors: Fact
     """The MLP and the block's result; `lean` keeps no value in between."""
     assert part.middle is not None
     active = activate_(stream, part, factors, lean=lean)
-    part.mlp, part.mlp_hidden = stream.down.apply(active, factors)
+    part.mlp, part.mlp_hidden = stream.down.apply(active, factors, part.mlp_hidden)
     results = []
     for index, (here, _) in enumerate(rows):
         gate = modulation_of_sample(part, index)[5]
@@ -106,7 +107,7 @@ def activate_(stream: Stream, part: StreamValues, factors: Factors, *, lean: boo
     plain = stream.up.plain
     if lean and plain is not None:
         return linear_gelu(part.second, *plain)
-    part.up, part.up_hidden = stream.up.apply(part.second, factors)
+    part.up, part.up_hidden = stream.up.apply(part.second, factors, part.up_hidden)
     part.active = gelu(part.up, approximate="tanh")
     return part.active
 
@@ -125,18 +126,26 @@ def complete_(call: Call, values: Values, factors: Factors, *, needs_text: bool)
         if part.mlp is None:
             assert part.active is not None
             if call.needs_modulation:
-                part.mlp, part.mlp_hidden = stream.down.apply(part.active, factors)
-            else:  # the gate's gradient alone needs the result
+                part.mlp, part.mlp_hidden = stream.down.apply(part.active, factors, part.mlp_hidden)
+            elif part.mlp_hidden is None:  # the gate's gradient alone needs the result
                 part.mlp_hidden = stream.down.hidden(part.active, factors)
 
 
 def inputs_of(values: Values) -> Values:
-    """What is kept if nothing is."""
+    """What is kept if nothing is: the streams, and what is as thin as a LoRA."""
     return Values(image=_stream_inputs(values.image), text=_stream_inputs(values.text))
 
 
 def _stream_inputs(part: StreamValues) -> StreamValues:
-    return StreamValues(x=part.x, modulation=part.modulation, modulation_hidden=part.modulation_hidden)
+    return StreamValues(
+        x=part.x,
+        modulation=part.modulation,
+        modulation_hidden=part.modulation_hidden,
+        qkv_hidden=part.qkv_hidden,
+        attention_hidden=part.attention_hidden,
+        up_hidden=part.up_hidden,
+        mlp_hidden=part.mlp_hidden,
+    )
 
 
 def move_inputs_(values: Values, device: torch.device) -> None:
@@ -153,8 +162,5 @@ def move_inputs_(values: Values, device: torch.device) -> None:
 
 def kept_of(values: Values) -> Values:
     """What is kept of attention and the MLPs."""
-    image, text = (
-        replace(_stream_inputs(part), mlp=part.mlp, mlp_hidden=part.mlp_hidden)
-        for part in (values.image, values.text)
-    )
+    image, text = (replace(_stream_inputs(part), mlp=part.mlp) for part in (values.image, values.text))
     return Values(image=image, text=text, attended=values.attended)

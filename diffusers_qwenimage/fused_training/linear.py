@@ -41,6 +41,12 @@ class Factors:
         """The weight, cast."""
         return self._values[self._index[id(parameter)]]
 
+    def values(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Weights below each other; no copy if they were cast and follow each other."""
+        values = [self.value(parameter) for parameter in parameters]
+        together = joined(values)
+        return torch.cat(values) if together is None else together
+
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Where the weight's gradient is to be written; it then counts as written."""
         if not self._gradients:
@@ -49,6 +55,10 @@ class Factors:
         index = self._index[id(parameter)]
         self._written[index] = True
         return self._gradients[index]
+
+    def joint_gradient(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """Where the gradients of weights that follow each other are to be written; None if they do not."""
+        return joined([self.gradient(parameter) for parameter in parameters])
 
     def gradients(self) -> list[Tensor | None]:
         """All gradients in the types of their weights; None where nothing was written."""
@@ -143,11 +153,18 @@ class Layer:
             return base.weight, base.bias
         return None
 
-    def apply(self, x: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
-        """The layer of `x` [N, I]: [N, O], and x A^T [N, r]."""
+    def apply(
+        self, x: Tensor, factors: Factors, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer of `x` [N, I]: [N, O], and x A^T [N, r], which is `hidden` if that was kept."""
         out = x.new_empty(x.shape[0], self.base.num_outputs)
         self.base.write(out, x)
-        return out, self._add_to(out, x, factors)
+        if self.down is None or self.up is None:
+            return out, None
+        if hidden is None:
+            hidden = x @ factors.value(self.down).t()
+        out.addmm_(hidden, factors.value(self.up).t(), alpha=self.scale)
+        return out, hidden
 
     def hidden(self, x: Tensor, factors: Factors) -> Tensor | None:
         """x A^T alone."""
@@ -163,25 +180,19 @@ class Layer:
             x: the layer's input.
             hidden: x A^T.
             factors: where the LoRA's weights are and their gradients go.
-            into: memory for the gradient of `x`; must not be that of `gradient` or `x`.
+            into: memory for the gradient of `x`; may be that of `x`, but not of `gradient`.
         """
-        if into is not None:
-            self.base.backward(into, gradient)
-        if self.down is None or self.up is None:
+        of_hidden = None
+        if self.down is not None and self.up is not None:
+            assert hidden is not None
+            of_hidden = gradient @ factors.value(self.up)
+            _write_product(factors.gradient(self.up), gradient.t(), hidden, self.scale)
+            _write_product(factors.gradient(self.down), of_hidden.t(), x, self.scale)
+        if into is None:
             return
-        assert hidden is not None
-        of_hidden = gradient @ factors.value(self.up)
-        _write_product(factors.gradient(self.up), gradient.t(), hidden, self.scale)
-        _write_product(factors.gradient(self.down), of_hidden.t(), x, self.scale)
-        if into is not None:
+        self.base.backward(into, gradient)
+        if self.down is not None and of_hidden is not None:
             into.addmm_(of_hidden, factors.value(self.down), alpha=self.scale)
-
-    def _add_to(self, out: Tensor, x: Tensor, factors: Factors) -> Tensor | None:
-        if self.down is None or self.up is None:
-            return None
-        hidden = x @ factors.value(self.down).t()
-        out.addmm_(hidden, factors.value(self.up).t(), alpha=self.scale)
-        return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +202,21 @@ class Three:
     layers: Sequence[Layer]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained weights."""
-        return [parameter for layer in self.layers for parameter in layer.parameters]
+    def downs(self) -> list[nn.Parameter]:
+        """A of those with a LoRA."""
+        return [layer.down for layer in self.layers if layer.down is not None]
 
-    def write(self, out: Tensor, x: Tensor, factors: Factors) -> Tensor | None:
-        """Write all three into `out` [N, 3 O]; returns x A^T of those with a LoRA, side by side."""
+    @property
+    def ups(self) -> list[nn.Parameter]:
+        """B of those with a LoRA."""
+        return [layer.up for layer in self.layers if layer.up is not None]
+
+    def write(self, out: Tensor, x: Tensor, factors: Factors, hidden: Tensor | None = None) -> Tensor | None:
+        """Write all three into `out` [N, 3 O].
+
+        Returns:
+            x A^T of those with a LoRA, side by side, which is `hidden` if that was kept.
+        """
         together = self._together()
         columns = out.chunk(3, dim=1)
         if together is not None:
@@ -204,10 +224,10 @@ class Three:
         else:
             for column, layer in zip(columns, self.layers, strict=True):
                 layer.base.write(column, x)
-        downs = [factors.value(layer.down) for layer in self.layers if layer.down is not None]
-        if not downs:
+        if not self.downs:
             return None
-        hidden = x @ torch.cat(downs).t()
+        if hidden is None:
+            hidden = x @ factors.values(self.downs).t()
         for column, layer, part in self._adapted(columns, hidden):
             column.addmm_(part, factors.value(layer.up).t(), alpha=layer.scale)
         return hidden
@@ -221,15 +241,35 @@ class Three:
             self._base_backward(into, gradient, columns)
         if hidden is None:
             return
-        of_hidden, downs = torch.empty_like(hidden), []
-        both = zip(self._adapted(columns, hidden), self._adapted(columns, of_hidden), strict=True)
-        for (column, layer, part), (_, _, piece) in both:
-            _write_product(piece, column, factors.value(layer.up), layer.scale)
-            _write_product(factors.gradient(layer.up), column.t(), part, layer.scale)
-            _write_product(factors.gradient(layer.down), piece.t(), x, 1.0)
-            downs.append(factors.value(layer.down))
+        of_hidden = torch.empty_like(hidden)
+        if not self._at_once(gradient, hidden, of_hidden, factors):
+            both = zip(self._adapted(columns, hidden), self._adapted(columns, of_hidden), strict=True)
+            for (column, layer, part), (_, _, piece) in both:
+                _write_product(piece, column, factors.value(layer.up), layer.scale)
+                _write_product(factors.gradient(layer.up), column.t(), part, layer.scale)
+        of_downs = factors.joint_gradient(self.downs)
+        if of_downs is not None:
+            torch.mm(of_hidden.t(), x, out=of_downs)
+        else:
+            for _, layer, piece in self._adapted(columns, of_hidden):
+                torch.mm(piece.t(), x, out=factors.gradient(layer.down))
         if into is not None:
-            into.addmm_(of_hidden, torch.cat(downs))
+            into.addmm_(of_hidden, factors.values(self.downs))
+
+    def _at_once(self, gradient: Tensor, hidden: Tensor, of_hidden: Tensor, factors: Factors) -> bool:
+        """scale g B and the gradient of B for all three in two products, if they are of one kind."""
+        scales, shapes = {layer.scale for layer in self.layers}, {up.shape for up in self.ups}
+        if len(self.ups) < len(self.layers) or len(scales) > 1 or len(shapes) > 1:
+            return False
+        ups, of_ups = joined([factors.value(up) for up in self.ups]), factors.joint_gradient(self.ups)
+        if ups is None or of_ups is None:
+            return False
+        kinds, scale = len(self.layers), scales.pop()
+        grads = gradient.unflatten(1, (kinds, -1)).transpose(0, 1)  # [3, N, O]
+        hiddens, of_hiddens = (part.unflatten(1, (kinds, -1)).transpose(0, 1) for part in (hidden, of_hidden))
+        _write_products(of_hiddens, grads, ups.unflatten(0, (kinds, -1)), scale)
+        _write_products(of_ups.unflatten(0, (kinds, -1)), grads.transpose(1, 2), hiddens, scale)
+        return True
 
     def _adapted(self, columns: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Any, Tensor]]:
         """(columns of the output, layer, its part of `hidden`) for the layers with a LoRA."""
@@ -321,6 +361,14 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Pieces of `flat` in the shapes of `like`."""
     parts = flat.split([value.numel() for value in like])
     return [part.view(value.shape) for part, value in zip(parts, like, strict=True)]
+
+
+def _write_products(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """scale a b of each pair of matrices."""
+    if scale == 1.0:
+        torch.bmm(a, b, out=out)
+    else:
+        torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -40,6 +40,12 @@ class Stream:
     up: Layer
     down: Layer
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained weights, those that are used together behind each other."""
+        single = [parameter for layer in (self.out, self.up, self.down) for parameter in layer.parameters]
+        return [*self.modulation.parameters, *self.three.downs, *self.three.ups, *single]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:

@@ -8,7 +8,7 @@ x' and g of h:
     dgate  = sum(dx' * y)     dscale = sum(g * n)     dshift = sum(g)        over the tokens, in fp32
 
 The sums over tokens are kept in registers while a program walks over its tokens, so that the gradients of the
-modulation cost no pass of their own.
+modulation cost no pass of their own. There are as many programs as the device runs at a time.
 
 Shapes: N tokens of one sample, D width; x', y, G, g are [N, D]; gate, scale and shift are [D].
 """
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from . import backend, triton_is_installed
-from .launch import Launcher, power_of_2
+from .launch import Launcher, num_processors, power_of_2
 from .norm_reference import EPSILON
 
 if triton_is_installed():
     import triton
     import triton.language as tl
 
-_ROWS = 16  # tokens of a program: few enough to fill a GPU with 4096, enough to make the sums cheap
+_LEAST_ROWS = 4  # tokens of a program: fewer would make the sums dear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def gate_norm_backward_reference(
 
 if triton_is_installed():
 
-    @triton.jit(do_not_specialize=["num_tokens", "eps"])
+    @triton.jit(do_not_specialize=["num_tokens", "num_rows", "eps"])
     def _kernel(  # type: ignore[no-untyped-def]
         total_ptr,
         y_ptr,
@@ -95,10 +95,10 @@ if triton_is_installed():
         grad_y_ptr,
         sums_ptr,
         num_tokens,
+        num_rows,
         eps,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
-        ROWS: tl.constexpr,
         HAS_GATE: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_TOTAL: tl.constexpr,
@@ -116,19 +116,41 @@ if triton_is_installed():
         sum_gate = zero
         sum_scale = zero
         sum_shift = zero
-        first = program * ROWS
-        for row in range(ROWS):
-            token = first + row
-            there = column < tl.where(token < num_tokens, D, 0)  # "&" of block and scalar fails in Triton 3.9
-            at = token * D + column
-            grad = zero
-            if HAS_TOTAL:
-                grad = tl.load(grad_total_ptr + at, mask=there, other=0.0).to(tl.float32)
+        token = program * num_rows
+        end = tl.minimum(token + num_rows, num_tokens)
+        # Of every token, what the next one needs is on its way while this one is computed.
+        there = column < tl.where(token < end, D, 0)  # "&" of block and scalar fails in Triton 3.9
+        at = token * D
+        next_x = tl.zeros((BLOCK,), total_ptr.dtype.element_ty)
+        next_y = tl.zeros((BLOCK,), y_ptr.dtype.element_ty)
+        next_total = tl.zeros((BLOCK,), grad_total_ptr.dtype.element_ty)
+        next_h = tl.zeros((BLOCK,), grad_h_ptr.dtype.element_ty)
+        if HAS_NORM:
+            next_x = tl.load(total_ptr + at + column, mask=there, other=0.0)
+            next_h = tl.load(grad_h_ptr + at + column, mask=there, other=0.0)
+        if HAS_GATE:
+            next_y = tl.load(y_ptr + at + column, mask=there, other=0.0)
+        if HAS_TOTAL:
+            next_total = tl.load(grad_total_ptr + at + column, mask=there, other=0.0)
+        for _ in range(num_rows):
+            here = there
+            to = at
+            x = next_x.to(tl.float32)
+            y = next_y.to(tl.float32)
+            grad = next_total.to(tl.float32)
+            grad_h = next_h.to(tl.float32)
+            token += 1
+            there = column < tl.where(token < end, D, 0)
+            at = token * D
             if HAS_NORM:
-                x = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
-                grad_h = tl.load(grad_h_ptr + at, mask=there, other=0.0).to(tl.float32)
-                mean = tl.sum(x, 0) / D
-                centred = tl.where(there, x - mean, 0.0)
+                next_x = tl.load(total_ptr + at + column, mask=there, other=0.0)
+                next_h = tl.load(grad_h_ptr + at + column, mask=there, other=0.0)
+            if HAS_GATE:
+                next_y = tl.load(y_ptr + at + column, mask=there, other=0.0)
+            if HAS_TOTAL:
+                next_total = tl.load(grad_total_ptr + at + column, mask=there, other=0.0)
+            if HAS_NORM:
+                centred = tl.where(here, x - tl.sum(x, 0) / D, 0.0)
                 inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
                 normalised = centred * inverse
                 sum_scale += grad_h * normalised
@@ -136,15 +158,20 @@ if triton_is_installed():
                 grad_n = grad_h * slope
                 along = tl.sum(grad_n * normalised, 0) / D
                 grad += inverse * (grad_n - tl.sum(grad_n, 0) / D - normalised * along)
-                tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=there)
+                tl.store(grad_x_ptr + to + column, grad.to(grad_x_ptr.dtype.element_ty), mask=here)
             if HAS_GATE:
-                y = tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
                 sum_gate += grad * y
-                tl.store(grad_y_ptr + at, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=there)
-        sums = sums_ptr + program * 3 * D + column
-        tl.store(sums, sum_gate, mask=inside)
-        tl.store(sums + D, sum_scale, mask=inside)
-        tl.store(sums + 2 * D, sum_shift, mask=inside)
+                tl.store(grad_y_ptr + to + column, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=here)
+        sums = sums_ptr + column
+        if HAS_NORM:
+            sums += program * (2 + HAS_GATE) * D
+            tl.store(sums, sum_scale, mask=inside)
+            tl.store(sums + D, sum_shift, mask=inside)
+            sums += 2 * D
+        else:
+            sums += program * D
+        if HAS_GATE:
+            tl.store(sums, sum_gate, mask=inside)
 
     _run = Launcher(_kernel)
 
@@ -162,8 +189,11 @@ def _launch(
     grad_x = grad_total if scale is None else torch.empty_like(total)
     grad_y = None if y is None else torch.empty_like(total)
     assert grad_x is not None
-    block, programs = power_of_2(width), max(-(-num_tokens // _ROWS), 1)
-    sums = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
+    most = num_processors(total.device) * (2 if scale is None else 1)  # what fits on the device at a time
+    block, rows = power_of_2(width), max(-(-num_tokens // most), _LEAST_ROWS)
+    programs = -(-num_tokens // rows)
+    num_sums = 2 * (scale is not None) + (y is not None)
+    sums = torch.empty(programs, num_sums, width, dtype=torch.float32, device=total.device)
     tensors = (
         total,
         total if y is None else y,
@@ -175,15 +205,16 @@ def _launch(
         grad_x if grad_y is None else grad_y,
         sums,
     )
-    constants = (width, block, _ROWS, y is not None, scale is not None, grad_total is not None)
-    _run((programs, 1, 1), tensors, (num_tokens, eps), constants, min(max(block // 512, 1), 16))
-    grad_gate, grad_scale, grad_shift = sums.sum(0).unbind()
+    constants = (width, block, y is not None, scale is not None, grad_total is not None)
+    num_warps = min(max(block // 512, 1), 16)
+    _run((programs, 1, 1), tensors, (num_tokens, rows, eps), constants, num_warps)
+    found = list(sums.sum(0).unbind())
     return NormGradients(
         x=grad_x,
         y=grad_y,
-        gate=None if y is None else grad_gate,
-        scale=None if scale is None else grad_scale,
-        shift=None if scale is None else grad_shift,
+        gate=None if y is None else found[-1],
+        scale=None if scale is None else found[0],
+        shift=None if scale is None else found[1],
     )
 
 

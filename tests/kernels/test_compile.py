@@ -26,8 +26,8 @@ def kernels(has_fp8):
         pointers = [INT8, F32, INT8, F32, BF16, BF16]
         options = {"num_warps": 8, "num_stages": 3}
         yield int8._int8_kernel, [*pointers, "i32"], {**INT8_SIZES, **tile}, options
-    backward = dict(D=3072, BLOCK=4096, ROWS=8, HAS_GATE=True, HAS_NORM=True, HAS_TOTAL=True)
-    yield norm_backward._kernel, [*[BF16] * 8, F32, "i32", "fp32"], backward, {"num_warps": 8}
+    backward = dict(D=3072, BLOCK=4096, HAS_GATE=True, HAS_NORM=True, HAS_TOTAL=True)
+    yield norm_backward._kernel, [*[BF16] * 8, F32, "i32", "i32", "fp32"], backward, {"num_warps": 8}
     for out, limit, rotation in ((BF16, 0.0, 0), (FP8, 448.0, 0), (INT8, 127.0, 256)):
         if out == FP8 and not has_fp8:
             continue

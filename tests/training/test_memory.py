@@ -162,17 +162,25 @@ def test_selective_and_offloaded_checkpointing_change_nothing(workplace):
         assert_equal(loss_and_gradients(make_trainer(use_gradient_checkpointing_offload=True)), expected)
 
 
-@pytest.mark.parametrize("free", [0, 29, 60, 88, 89, 100, 200, 2000])
+@pytest.mark.parametrize("mode", ["full", "selective", "offload", "auto"])
+def test_the_last_block_is_not_computed_again(mode):
+    keep = plan_keep(mode, num_blocks=4, unit_bytes=1000, free_bytes=None)
+    assert keep[-1] == "all"
+    assert "all" not in keep[:-1]
+
+
+@pytest.mark.parametrize("free", [0, 25, 34, 60, 88, 89, 100, 200, 2000])
 def test_auto_keeps_what_fits(free):
     keep = plan_keep("auto", num_blocks=10, unit_bytes=1000, free_bytes=free * 1000)
-    used = sum(UNITS[kept] for kept in keep)
+    assert keep[-1] == "all"  # what it works with is counted anyhow
+    used = sum(UNITS[kept] for kept in keep[:-1]) + UNITS["nothing"]
     if free >= WORKING_UNITS + 10:
         assert used + WORKING_UNITS <= free
     better = {"nothing": 2, "attention": 17}
     if free > 1000:
         assert keep == ["all"] * 10
     elif free >= WORKING_UNITS + 10:  # nothing more would fit
-        assert all(kept == "all" or used + WORKING_UNITS + better[kept] > free for kept in keep)
+        assert all(kept == "all" or used + WORKING_UNITS + better[kept] > free for kept in keep[:-1])
 
 
 def test_a_limit_below_what_is_trained():
