@@ -232,8 +232,8 @@ class TrainConfig:
     (half the memory). fp8 and int8 compute in 8 bits where the device can, fp8-storage does not."""
 
     vram_limit: float | None = None
-    """GB (2^30 bytes) of device memory for the run. Frozen weights that do not fit are streamed from host
-    memory block by block; only for a LoRA."""
+    """GiB of device memory for the run. Frozen weights that do not fit are streamed from host memory block by
+    block; only for a LoRA."""
 
     modulation_table: bool = True
     """Keep the values of the frozen modulation for each timestep in host memory, instead of its weights, a

@@ -152,7 +152,7 @@ def _add_option(parser: "argparse._ArgumentGroup", field: "Field[Any]", kind: An
             dest=field.name,
             action="store_false",
             default=argparse.SUPPRESS,
-            help=f"Do not: {text[0].lower()}{text[1:]}",
+            help=f"Switches this off: {text}",
         )
     elif kind is bool:
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)

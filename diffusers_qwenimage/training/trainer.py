@@ -167,14 +167,14 @@ class Trainer:
             record, ending = self._step(step, started)
             self._log(log, record, progress)
             done = step + 1
-            if self.saver.is_due(step + 1) or ending:
-                last = self.saver.save(step + 1)
+            if self.saver.is_due(done) or ending:
+                last = self.saver.save(done)
                 if log:
                     log.draw()
-            if self._validates_after(step + 1):
-                self._validate(step + 1)
+            if self._validates_after(done):
+                self._validate(done)
             if ending:
-                logger.warning("SIGTERM: saved after step %d; go on with --resume_from latest.", step + 1)
+                logger.warning("SIGTERM: saved after step %d; go on with --resume_from latest.", done)
                 break
         progress.close()
         self.accelerator.end_training()

@@ -165,7 +165,7 @@ def test_help_is_in_sections_and_says_what_switches_off(capsys):
     assert "usage: qwenimage train --dataset_base_path FOLDER (--lora_base_model dit" in text
     for section in ("dataset:", "model:", "training:", "what is trained:", "memory:", "saved files:"):
         assert f" {section} --" in text
-    assert "--no_cache Do not: encode pictures and captions once before the first step" in text
+    assert "--no_cache Switches this off: Encode pictures and captions once before the first step" in text
     assert "do not:" not in text
 
 
