@@ -9,7 +9,7 @@ import torch
 
 from diffusers_qwenimage.checkpoint import Checkpoint, ComponentName, find_components, open_checkpoint
 from diffusers_qwenimage.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
-from diffusers_qwenimage.pipelines.vram_plan import language_layers
+from diffusers_qwenimage.pipelines.text_survey import language_layers
 from diffusers_qwenimage.quantize import quantize_
 
 from .model_config import ModelConfig

@@ -14,12 +14,11 @@ are on the device, and each fits the budget. Sizes in bytes.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffusers_qwenimage.offload import Source, StreamPlan, Surveys, plan_stream, surveys_of
 
@@ -36,12 +35,11 @@ from .needs import (
     tabulate_bytes,
     weight_bytes,
 )
+from .text_survey import text_encoder_surveys
 
 GIB = 2**30
 PREFERRED_TILE = 80  # latent pixels: tiles are not made smaller to keep more of the transformer resident
 HALVINGS = 8
-LANGUAGE_LAYERS = ("model.language_model.layers", "language_model.layers", "model.layers", "layers")
-NOT_RUN = ("lm_head", "model.visual", "visual")  # by text prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +232,7 @@ class _Planner:
         budget = whole.peak_bytes if budget is None else budget
         least = self._text_encoder(0)
         transformer = self._fitting_transformer(budget, least)
-        for text in self._text_encoders(least):
+        for text in self._text_encoders(budget, transformer, least):
             plan = self._with_vae(budget, transformer, text, smallest)
             if plan.peak_bytes <= budget:
                 return plan
@@ -251,12 +249,25 @@ class _Planner:
         tile = self._tile(budget - plan.resident_bytes - self._vae_bytes)
         return self._plan(budget, transformer, text, vae_stays=False, tile=tile, smallest=smallest)
 
-    def _text_encoders(self, least: StreamPlan | None) -> Iterator[StreamPlan | None]:
-        """Ways to hold the text encoder, the best first: whole, copying while it computes, the least."""
+    def _text_encoders(
+        self, budget: int, transformer: StreamPlan | None, least: StreamPlan | None
+    ) -> Iterator[StreamPlan | None]:
+        """Ways to hold the text encoder, the best first: whole, in what is left, copying while it computes,
+        the least."""
         if least is not None:
             yield self._text_encoder(None, in_full=False)
+            yield self._fitting_text_encoder(budget, transformer, least)
             yield self._text_encoder(least.smallest_overlapping_bytes)
         yield least
+
+    def _fitting_text_encoder(
+        self, budget: int, transformer: StreamPlan | None, least: StreamPlan
+    ) -> StreamPlan | None:
+        """As much of it resident as fits beside everything else as it is with the least of it."""
+        plan = self._with_vae(budget, transformer, least, smallest=0)
+        spare = budget - plan.resident_bytes + least.resident_bytes
+        others = max(peak for moment, peak in plan.peaks.items() if moment != "text") - plan.resident_bytes
+        return self._most_resident(self._text_encoder, spare - self._encode, spare - others)
 
     def _fitting_transformer(self, budget: int, text: StreamPlan | None) -> StreamPlan | None:
         """The plan with most resident weights whose moments fit the budget."""
@@ -270,18 +281,25 @@ class _Planner:
         most = budget - aside - others
         if self._persistent is not None:
             most = min(most, self._persistent * compute_dtype(self._parts).itemsize)
-        plan = self._transformer(max(limit, 0))
-        most = max(most, _resident(self._transformer(0)))
-        if _resident(plan) <= most:
+        return self._most_resident(self._transformer, limit, most)
+
+    def _most_resident(
+        self, planned: Callable[[int], StreamPlan | None], limit: int, most: int
+    ) -> StreamPlan | None:
+        """Of the plans within a limit the one with most resident weights, but no more than `most`."""
+        least, plan = planned(0), planned(max(limit, 0))
+        most = max(most, _resident(least))
+        if _resident(plan) <= most or least is None:
             return plan
         # Not all of the limit may stay: halve the way to the least, since a smaller limit has other slots.
-        low, high = 0, limit
-        plan, overlapping = self._transformer(low), self._overlapping_transformer()
-        if overlapping is not None and overlapping.device_bytes <= limit and _resident(overlapping) <= most:
+        low, high, plan = 0, limit, least
+        overlapping = planned(least.smallest_overlapping_bytes)
+        assert overlapping is not None
+        if overlapping.device_bytes <= limit and _resident(overlapping) <= most:
             plan, low = overlapping, overlapping.device_bytes
         for _ in range(HALVINGS):
             middle = (low + high) // 2
-            tried = self._transformer(middle)
+            tried = planned(middle)
             if _resident(tried) <= most:
                 plan, low = tried, middle
             else:
@@ -366,32 +384,6 @@ class _Planner:
             frugal=self._frugal,
             smallest_bytes=smallest,
         )
-
-
-def text_encoder_surveys(text_encoder: nn.Module) -> Surveys:
-    """A text encoder taken apart: its layers stream, what prompts do not run stays away."""
-    names = dict(text_encoder.named_modules())
-    tied = getattr(text_encoder, "all_tied_weights_keys", None) or {}
-    aside = [name for name in NOT_RUN if name in names and f"{name}.weight" not in tied]
-    return surveys_of(text_encoder, blocks=[_layers_name(text_encoder)], on_call=aside)
-
-
-def language_layers(text_encoder: Any) -> nn.ModuleList:
-    """The layers of the language model in a text encoder."""
-    layers = text_encoder.get_submodule(_layers_name(text_encoder))
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def _layers_name(text_encoder: Any) -> str:
-    names = dict(text_encoder.named_modules())
-    for name in LANGUAGE_LAYERS:
-        if name in names:
-            return name
-    raise ValueError(
-        f"{type(text_encoder).__name__} has none of the lists of layers {', '.join(LANGUAGE_LAYERS)}; it is "
-        "not a Qwen2.5-VL."
-    )
 
 
 def compute_dtype(parts: Parts) -> torch.dtype:

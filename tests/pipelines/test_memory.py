@@ -1,6 +1,7 @@
 """VRAM management of the diffusers-style pipelines, on a simulated device: the CPU."""
 
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 
 from diffusers_qwenimage import QwenImageImg2ImgPipeline, QwenImagePipeline
 from diffusers_qwenimage.offload import streamed
+from diffusers_qwenimage.pipelines.needs import Demand
+from diffusers_qwenimage.pipelines.needs import Demand
 from diffusers_qwenimage.pipelines.vram import VramManager
 
 GIB = 2**30
@@ -72,6 +75,70 @@ def test_weights_can_stay_where_they_are(source: str, folder: Path, expected: np
     pipe = load(folder, vram_limit=0, stream_from=source, device="cpu")
     assert pipe.memory_report().components[0].source == source
     assert np.array_equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("moment", ["at once", "after one picture", "after two"])
+def test_weights_are_pinned_in_the_background(moment: str, folder: Path, expected: np.ndarray) -> None:
+    pipe = load(folder, vram_limit=0, device="cpu")
+    report = pipe.memory_report()
+    part = report.components[0]
+    assert part.source == "pinned" and part.unpinned == part.streamed > 0
+    assert report.pinned < part.streamed and "from the file until they are pinned" in str(report)
+    for _ in range(["at once", "after one picture", "after two"].index(moment)):
+        assert np.array_equal(draw(pipe), expected)
+        pipe.clear_prompt_cache()
+    pipe.finish_pinning()
+    report = pipe.memory_report()
+    assert all(part.unpinned == 0 for part in report.components)
+    assert report.pinned == sum(part.streamed for part in report.components)
+    assert np.array_equal(draw(pipe), expected)
+
+
+def change_the_budget(pipe: Any) -> Any:
+    pipe.enable_vram_management(vram_limit=(pipe.memory_report().smallest + 40_000) / GIB, vram_buffer=0)
+    return pipe
+
+
+def pin_all(pipe: Any) -> Any:
+    pipe.enable_vram_management(vram_limit=0, vram_buffer=0, source="pinned")
+    assert all(part.unpinned == 0 for part in pipe.memory_report().components)
+    return pipe
+
+
+def leave_all(pipe: Any) -> Any:
+    pipe.enable_vram_management(vram_limit=0, vram_buffer=0, source="mapped")
+    assert pipe.memory_report().components[0].source == "mapped"
+    return pipe
+
+
+def disable(pipe: Any) -> Any:
+    pipe.disable_vram_management()
+    return pipe
+
+
+def plan_for_a_larger_one(pipe: Any) -> Any:
+    before = pipe.memory_report().peaks["denoise"]
+    pipe._vram.prepare(Demand(rows=200, columns=200, steps=2))
+    assert pipe.memory_report().peaks["denoise"] > before
+    return pipe
+
+
+def save_and_load(pipe: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        return load(Path(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [change_the_budget, pin_all, leave_all, disable, plan_for_a_larger_one, save_and_load]
+)
+def test_what_happens_while_weights_are_pinned(change: Any, folder: Path, expected: np.ndarray) -> None:
+    pipe = load(folder, vram_limit=0, vram_buffer=0, device="cpu")
+    assert np.array_equal(draw(pipe), expected)  # in its second step pinning begins
+    pipe = change(pipe)
+    for _ in range(2):
+        assert np.array_equal(draw(pipe), expected)
+        pipe.clear_prompt_cache()
 
 
 def test_batches_lists_of_prompts_and_no_guidance(folder: Path) -> None:
@@ -172,6 +239,14 @@ def test_a_larger_picture_is_planned_anew_and_a_smaller_one_is_not(folder: Path)
     assert second.peaks["denoise"] > first.peaks["denoise"]
     draw(pipe, height=16, width=16, num_inference_steps=1)
     assert pipe.memory_report().peaks == second.peaks
+
+
+def test_small_pictures_can_be_planned_for(folder: Path, expected: np.ndarray) -> None:
+    pipe = managed(folder)
+    large = pipe.memory_report()
+    small = pipe.enable_vram_management(0, vram_buffer=0, demand=Demand(rows=2, columns=3, steps=2))
+    assert small.smallest < large.smallest
+    assert np.array_equal(draw(pipe), expected)
 
 
 def test_a_budget_that_cannot_work_is_refused_with_the_smallest_that_can(folder: Path) -> None:

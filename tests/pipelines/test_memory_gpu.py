@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_qwenimage import QwenImagePipeline, default_checkpoint
+from diffusers_qwenimage.pipelines.context import context_bytes
 
 pytestmark = pytest.mark.gpu
 # From 4 steps on the modulation is tabulated without a budget too; all timesteps at once round differently.
@@ -80,6 +81,13 @@ def test_the_peak_is_within_the_budget(expected: np.ndarray) -> None:
     draw(pipe)
     used = torch.cuda.max_memory_allocated() - before
     assert used <= pipe.memory_report().smallest + 0.5 * GIB
+
+
+def test_cuda_has_no_more_than_was_planned_for(expected: np.ndarray) -> None:
+    pipe = managed()
+    draw(pipe)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert context_bytes(device) <= pipe.memory_report().context
 
 
 def test_everything_comes_back(expected: np.ndarray, tmp_path: Path) -> None:

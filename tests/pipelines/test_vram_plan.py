@@ -116,6 +116,32 @@ def test_memory_is_used(model: Parts) -> None:
             assert plan.peak_bytes > 0.85 * gib * GIB
 
 
+def test_what_the_transformer_leaves_holds_the_text_encoder(model: Parts) -> None:
+    """Where the transformer fits: with more memory less of the text encoder streams, and none is wasted."""
+    demand = Demand(rows=32, columns=32, steps=4)
+    resident = plan_pipeline(model, None, demand, device="cuda:0").transformer
+    assert resident is not None
+    of_text = []
+    for more in (1.0, 1.3, 1.6, 1.9):
+        budget = resident.resident_bytes + round(more * GIB)
+        plan = plan_pipeline(model, budget, demand, device="cuda:0")
+        assert plan.transformer is not None and plan.text_encoder is not None
+        assert plan.transformer.streamed_bytes == 0 and plan.peak_bytes <= budget
+        assert plan.tile is None and plan.vae_stays
+        of_text.append(plan.text_encoder.streamed_bytes)
+        if of_text[-1]:
+            assert plan.peak_bytes > budget - GIB // 4  # a group of one layer, and what slots differ by
+    assert of_text == sorted(of_text, reverse=True) and of_text[0] > of_text[2] > 0
+
+
+def test_fused_paths_need_less(model: Parts) -> None:
+    demand = Demand(rows=64, columns=64)
+    fused, plain = (
+        plan_pipeline(model, None, demand, device="cuda:0", fused=fused) for fused in (True, False)
+    )
+    assert fused.denoise_bytes < plain.denoise_bytes and fused.decode_bytes < plain.decode_bytes
+
+
 def test_a_demand_that_is_joined_covers_both() -> None:
     draw = random.Random(1)
     for _ in range(100):
