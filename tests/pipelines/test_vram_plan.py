@@ -122,7 +122,7 @@ def test_what_the_transformer_leaves_holds_the_text_encoder(model: Parts) -> Non
     resident = plan_pipeline(model, None, demand, device="cuda:0").transformer
     assert resident is not None
     of_text = []
-    for more in (1.0, 1.3, 1.6, 1.9):
+    for more in (1.4, 2.2, 2.6, 4.0):
         budget = resident.resident_bytes + round(more * GIB)
         plan = plan_pipeline(model, budget, demand, device="cuda:0")
         assert plan.transformer is not None and plan.text_encoder is not None
@@ -131,7 +131,7 @@ def test_what_the_transformer_leaves_holds_the_text_encoder(model: Parts) -> Non
         of_text.append(plan.text_encoder.streamed_bytes)
         if of_text[-1]:
             assert plan.peak_bytes > budget - GIB // 4  # a group of one layer, and what slots differ by
-    assert of_text == sorted(of_text, reverse=True) and of_text[0] > of_text[2] > 0
+    assert of_text[0] > of_text[1] > of_text[2] > of_text[3] == 0
 
 
 def test_fused_paths_need_less(model: Parts) -> None:
