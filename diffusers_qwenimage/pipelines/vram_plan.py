@@ -232,9 +232,10 @@ class _Planner:
         budget = whole.peak_bytes if budget is None else budget
         least = self._text_encoder(0)
         transformer = self._fitting_transformer(budget, least)
-        for text in self._text_encoders(budget, transformer, least):
+        basic = self._with_vae(budget, transformer, least, smallest)
+        for text in self._text_encoders(budget, basic, least):
             plan = self._with_vae(budget, transformer, text, smallest)
-            if plan.peak_bytes <= budget:
+            if plan.peak_bytes <= budget and plan.tile == basic.tile:  # no tiles for its sake
                 return plan
         return self._with_vae(budget, self._transformer(0), least, smallest)
 
@@ -250,23 +251,20 @@ class _Planner:
         return self._plan(budget, transformer, text, vae_stays=False, tile=tile, smallest=smallest)
 
     def _text_encoders(
-        self, budget: int, transformer: StreamPlan | None, least: StreamPlan | None
+        self, budget: int, basic: PipelinePlan, least: StreamPlan | None
     ) -> Iterator[StreamPlan | None]:
         """Ways to hold the text encoder, the best first: whole, in what is left, copying while it computes,
         the least."""
         if least is not None:
             yield self._text_encoder(None, in_full=False)
-            yield self._fitting_text_encoder(budget, transformer, least)
+            yield self._fitting_text_encoder(budget, basic, least)
             yield self._text_encoder(least.smallest_overlapping_bytes)
         yield least
 
-    def _fitting_text_encoder(
-        self, budget: int, transformer: StreamPlan | None, least: StreamPlan
-    ) -> StreamPlan | None:
-        """As much of it resident as fits beside everything else as it is with the least of it."""
-        plan = self._with_vae(budget, transformer, least, smallest=0)
-        spare = budget - plan.resident_bytes + least.resident_bytes
-        others = max(peak for moment, peak in plan.peaks.items() if moment != "text") - plan.resident_bytes
+    def _fitting_text_encoder(self, budget: int, basic: PipelinePlan, least: StreamPlan) -> StreamPlan | None:
+        """As much of it resident as fits beside everything else, which is as in the plan with the least."""
+        spare = budget - basic.resident_bytes + least.resident_bytes
+        others = max(peak for moment, peak in basic.peaks.items() if moment != "text") - basic.resident_bytes
         return self._most_resident(self._text_encoder, spare - self._encode, spare - others)
 
     def _fitting_transformer(self, budget: int, text: StreamPlan | None) -> StreamPlan | None:
