@@ -14,7 +14,7 @@ from diffusers_qwenimage.kernels.matmul import linear_gelu_now
 
 GIB = 2**30
 MOST_CONTEXT = GIB  # other processes cannot be told apart from it
-LATER_BYTES = 224 * 2**20  # kernels of other sizes, Triton's, and page tables of pinned memory
+LATER_BYTES = 320 * 2**20  # kernels of other sizes, Triton's, and page tables of pinned memory
 WIDTH, HEADS, ROWS, CHANNELS = 3072, 24, 256, 384  # of the published model: libraries choose kernels by size
 
 
