@@ -16,7 +16,6 @@ from torch import nn
 from diffusers_qwenimage import QwenImageImg2ImgPipeline, QwenImagePipeline
 from diffusers_qwenimage.offload import streamed
 from diffusers_qwenimage.pipelines.needs import Demand
-from diffusers_qwenimage.pipelines.needs import Demand
 from diffusers_qwenimage.pipelines.vram import VramManager
 
 GIB = 2**30
