@@ -12,7 +12,7 @@ Cases of 60 blocks need an 80 GB GPU.
     stock       diffusers + PEFT, its kernels launched one by one
     diffsynth   DiffSynth-Studio's model class with its LoRA and checkpointing (the package diffsynth)
     resident    ours, base in bf16 on the device, steps recorded as CUDA graphs
-    stream      ours within --vram_limit GB, base in bf16 from host memory; the model then stays streamed
+    stream      ours within --vram_limit GB, base in bf16 from host memory
     fp8, int8   ours, base in 8 bits: one of the two in a run
     gradient    with stock and resident: their LoRA gradients compared
     trainer     with fp8: the whole trainer on the small model inside the package
@@ -49,7 +49,7 @@ from training_steps import (
 )
 
 from diffusers_qwenimage.kernels import backend, set_backend
-from diffusers_qwenimage.offload import pack_streamed, stream
+from diffusers_qwenimage.offload import pack_streamed, stream, unstream
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.training.config import TrainConfig
 from diffusers_qwenimage.training.memory import unit_bytes, weights_budget
@@ -252,6 +252,8 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
     config = ours.checkpoint("full")
     if ours.table is None:
         ours.tabulate()
+    with torch.no_grad():
+        before = velocity_of(ours.model, setting, torch.bfloat16)
     parameters = [p for p in ours.model.parameters() if p.requires_grad]
     budget = weights_budget(
         int(setting.vram_limit * GIB),
@@ -270,7 +272,14 @@ def measure_streamed(setting: Setting, ours: Ours, name: str) -> None:
     setting.note(setting.label(f"{name}: placed in"), time.perf_counter() - started, "s")
     setting.note(setting.label(f"{name}: streamed twice a step"), plan.streamed_bytes / GIB, "GiB")
     setting.note(setting.label(f"{name}: copied twice a step"), copied / GIB, "GiB")
+    with torch.no_grad():
+        equal = torch.equal(before, velocity_of(ours.model, setting, torch.bfloat16))
+    setting.note(
+        setting.label(f"{name}: streamed equal to resident, bit for bit (1 = yes)"), float(equal), ""
+    )
     ours.measure("full", f"{name} within {setting.vram_limit:g} GB")
+    unstream(ours.model, device=setting.device)
+    release()
 
 
 def config_of(**changes: Any) -> TrainConfig:
