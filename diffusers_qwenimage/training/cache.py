@@ -6,6 +6,7 @@ renamed, so processes may share the folder, and it states the hash of its tensor
 entry is made again.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from diffusers_qwenimage import latents as packing
 from diffusers_qwenimage.files import read_header, write_safetensors
+from diffusers_qwenimage.offload import stream, streamed, unstream
 from diffusers_qwenimage.prompt import MAX_PROMPT_TOKENS, TEXT_TO_IMAGE, PromptEncoder
 
 from .data import Sample, load_picture, to_pixels
@@ -65,15 +67,31 @@ class TensorCache:
 
 
 class Encoders:
-    """Samples to latents and texts to embeddings: from the cache, else by the models, loaded when needed."""
+    """Samples to latents and texts to embeddings: from the cache, else by the models, loaded when needed.
+
+    Args:
+        files: the models.
+        cache: of what they made before.
+        dtype: that they compute in.
+        device: where they do.
+        text_budget: bytes that the text encoder's weights may take there; the rest streams from host memory.
+            None: all of them.
+    """
 
     def __init__(
-        self, files: ModelFiles, cache: TensorCache, *, dtype: torch.dtype, device: torch.device
+        self,
+        files: ModelFiles,
+        cache: TensorCache,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        text_budget: int | None = None,
     ) -> None:
         self.files = files
         self.cache = cache
         self.dtype = dtype
         self.device = device
+        self.text_budget = text_budget
         self._vae: Any = None
         self._text_encoder: Any = None
         self._tokenizer: Any = None
@@ -95,7 +113,11 @@ class Encoders:
     def text_encoder(self) -> Any:
         """The text encoder, loaded if it is not."""
         if self._text_encoder is None:
-            self._text_encoder = self.files.load("text_encoder", self.dtype, self.device)
+            streams = self.text_budget is not None
+            place = torch.device("cpu") if streams else self.device
+            self._text_encoder = self.files.load("text_encoder", self.dtype, place)
+            if streams:  # from mapped files: pinning takes longer than encoding a few captions
+                stream(self._text_encoder, device=self.device, vram_limit=self.text_budget, source="mapped")
         return self._text_encoder
 
     @property
@@ -118,9 +140,14 @@ class Encoders:
 
     def release(self) -> None:
         """Give up the memory of both models, but for what is trained."""
+        streams = self._text_encoder is not None and streamed(self._text_encoder) is not None
+        if streams:
+            unstream(self._text_encoder, device=None)
         for name in {"vae", "text_encoder"} - self._trained:
             setattr(self, f"_{name}", None)
         self._prompts.clear()
+        if streams:
+            gc.collect()  # what streams refers to itself
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -79,3 +79,8 @@ def weights_budget(limit: int, *, mode: str, num_blocks: int, unit: int, trained
             "use_gradient_checkpointing_offload."
         )
     return limit - rest
+
+
+def text_encoder_budget(vram_limit: float | None) -> int | None:
+    """Bytes for the text encoder's weights within a limit in GiB; nothing else is on the device with it."""
+    return None if vram_limit is None else max(0, int(vram_limit * 2**30) - RESERVE)

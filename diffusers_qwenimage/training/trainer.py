@@ -26,6 +26,7 @@ from .feed import Feed
 from .guard import Guard
 from .learner import Learner
 from .logs import Record, RunLog, check_loggers, describe
+from .memory import text_encoder_budget
 from .metadata import read_rows
 from .models import ModelFiles, find_models
 from .objective import Objective
@@ -119,7 +120,13 @@ class Trainer:
         )
         self.num_steps = config.max_steps or config.num_epochs * self.plan.steps_per_epoch
         cache = TensorCache(Path(config.cache_path or self.output / "cache") if config.cache else None)
-        self.encoders = Encoders(files, cache, dtype=compute_dtype(config), device=accelerator.device)
+        self.encoders = Encoders(
+            files,
+            cache,
+            dtype=compute_dtype(config),
+            device=accelerator.device,
+            text_budget=text_encoder_budget(config.vram_limit) if config.cache else None,
+        )
         self.is_sharded = config.sharding != "none"
         self.guard = Guard(spike_factor=config.spike_factor, max_bad=config.max_bad_steps)
         self.objective = Objective(config=config, scheduler_config=files.load_scheduler().config)
