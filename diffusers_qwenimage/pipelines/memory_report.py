@@ -47,7 +47,7 @@ class MemoryReport:
         device: what it computes on.
         budget: bytes that may be in use on the device, None without a limit.
         buffer: of these, kept free for what was not foreseen.
-        context: of these, CUDA's own.
+        context: of these, what CUDA and its libraries will have.
         demand: the largest picture it is placed for.
         components: of the pipeline.
         peaks: expected peak of each moment, in bytes, beside buffer and context.
