@@ -1,6 +1,6 @@
 """Run a module on a device that cannot hold all of its weights.
 
-    plan = stream(transformer, device="cuda", vram_limit=8 * 2**30)
+    plan = stream(transformer, vram_limit=8 * 2**30)
     ...                                     # use the module as before
     unstream(transformer)
 
@@ -25,7 +25,7 @@ from .state import Streaming, state_of
 def stream(
     module: nn.Module,
     *,
-    device: str | torch.device,
+    device: str | torch.device | None = None,
     vram_limit: int | None = None,
     blocks: Sequence[str] | None = None,
     on_call: Sequence[str] | None = None,
@@ -43,7 +43,8 @@ def stream(
 
     Args:
         module: a module with lists of blocks that run one after the other, its weights anywhere but on meta.
-        device: where it computes. On a CPU the same code runs with plain copies.
+        device: where it computes; None: the GPU if there is one. On a CPU the same code runs with plain
+            copies.
         vram_limit: bytes for the module's weights on the device, slots included; None: no limit.
         blocks: names of lists of blocks (`transformer_blocks`), or of blocks; None: every outermost
             `ModuleList` of two or more modules of one class.
@@ -67,6 +68,8 @@ def stream(
         MemoryError, torch.OutOfMemoryError: if there is not enough memory; the module is whole then, on the
             CPU.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     target = device_of(device)
     before = state_of(module)
     if before is not None:

@@ -353,3 +353,9 @@ def test_saving_memory_leaves_what_hooks_see():
     [(image, before, result, after)] = seen
     assert torch.equal(image, before) and not torch.equal(result, image)
     assert not torch.equal(result, after)  # the next block's, which nobody watches
+
+
+def test_the_device_is_the_gpu_or_else_the_cpu():
+    model = transformer()
+    plan = stream(model, vram_limit=limit_of(model, 0.0))
+    assert torch.device(plan.device).type == ("cuda" if torch.cuda.is_available() else "cpu")
