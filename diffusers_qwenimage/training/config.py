@@ -171,6 +171,9 @@ class TrainConfig:
     lora_rank: int = 32
     """Rank of the LoRA."""
 
+    lora_checkpoint: str | None = None
+    """LoRA file of any format, or PEFT folder, to begin with: its change of the weights is taken over."""
+
     lora_alpha: float | None = None
     """The LoRA is scaled by alpha / rank (default: the rank)."""
 
@@ -386,6 +389,8 @@ class TrainConfig:
         if unknown or not self.trained_models:
             raise ValueError(f"Unknown model {', '.join(unknown)!r}; there are {', '.join(MODELS)}.")
         if not self.is_lora:
+            if self.lora_checkpoint:
+                raise ValueError("lora_checkpoint is for a LoRA: give lora_base_model dit.")
             if self.base_weights != "plain" or self.vram_limit is not None:
                 raise ValueError(
                     "base_weights and vram_limit are for the frozen weights under a LoRA; whole models have "

@@ -28,6 +28,7 @@ from diffusers_qwenimage.offload import pack_streamed, stream
 from diffusers_qwenimage.quantize import quantize_
 
 from .config import ZERO_STAGES, TrainConfig, comma_list
+from .continued import begin_with_, read_beginning
 from .memory import RESERVE, plan_keep, unit_bytes, weights_budget
 from .models import COMPONENTS, ModelFiles
 from .modulation import ModulationRows, can_tabulate
@@ -69,6 +70,7 @@ def load_trained(
         ValueError: if they do not fit within `vram_limit`.
     """
     trained_dtype, dtype = DTYPES[config.trainable_dtype], compute_dtype(config)
+    beginning = read_beginning(config)  # before any weight is loaded
     modules: dict[str, nn.Module] = {}
     modulation = None
     sharded = config.sharding != "none"
@@ -83,6 +85,8 @@ def load_trained(
         elif name == "dit" and config.is_lora:
             modules[name] = files.load(COMPONENTS[name], dtype, torch.device("cpu"))
             add_adapter_(modules[name], config, trained_dtype)
+            if beginning is not None:
+                begin_with_(modules[name], beginning, ADAPTER_NAME)
             modulation = place_base_(modules[name], config, device, sizes)
         else:
             modules[name] = files.load(COMPONENTS[name], dtype, device)
@@ -264,13 +268,14 @@ def save_weights(
     alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     settings = {"r": config.lora_rank, "lora_alpha": alpha} if config.adapter != "lokr" else None
     file = read_state_dict(tensors, metadata=metadata, adapter_config=settings, name=str(path))
-    rendered = render(file, target, Options(allow_approximate=True))
+    options = Options(allow_approximate=True)  # a scale that the format does not hold is rounded into B
+    rendered = render(file, target, options)
     prefix = "" if config.remove_prefix_in_ckpt == "pipe.dit." else "pipe.dit."
     if prefix and target.name == "diffsynth":
         renamed = tuple(tensor.renamed(f"{prefix}{tensor.key}") for tensor in rendered.tensors)
         rendered = replace(rendered, tensors=renamed)
     rendered = replace(rendered, metadata={**rendered.metadata, **metadata})
-    write_rendered(rendered, path.with_suffix("") if target.directory else path, Options())
+    write_rendered(rendered, path.with_suffix("") if target.directory else path, options)
 
 
 def base_metadata(config: TrainConfig, files: ModelFiles, step: int, epoch: float) -> dict[str, str]:

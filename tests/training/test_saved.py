@@ -61,6 +61,7 @@ def predict(transformer):
         ({"lora_format": "kohya"}, "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight"),
         ({"lora_format": "comfyui"}, "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight"),
         ({"lora_alpha": 2.0}, "transformer_blocks.0.attn.to_q.lora_A.default.weight"),
+        ({"lora_alpha": 3.3}, "transformer_blocks.0.attn.to_q.lora_A.default.weight"),  # is rounded into B
         ({"adapter": "dora"}, "transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector"),
         ({"adapter": "lokr"}, "diffusion_model.transformer_blocks.0.attn.to_q.lokr_w1"),
     ],
