@@ -2,7 +2,9 @@
 
     python benchmarks/loading.py [--folder /dev/shm/model] [--vram 12] [--stream-from mapped pinned] [--rates]
 
-What does not fit the budget streams from the mapped files, or from pinned memory into which it is read first.
+What does not fit the budget streams from the mapped files at first, and is pinned from the second step on:
+then steps are timed while that goes on, and afterwards. Or it stays mapped, or is pinned before anything is
+computed.
 
 The files (57 GB, random weights, written here if they are not there) lie in memory, so that what is measured
 is not a disk. Reading them once is measured three times: by as many threads as loading has into memory of its
@@ -19,8 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,6 +37,7 @@ import diffusers_qwenimage.fused  # noqa: F401  # what else is imported when it 
 import diffusers_qwenimage.kernels.vae_attention  # noqa: F401
 from diffusers_qwenimage import QwenImagePipeline
 from diffusers_qwenimage.checkpoint import open_checkpoint
+from diffusers_qwenimage.offload import unpinned_bytes
 from diffusers_qwenimage.offload.adopt import READERS
 from diffusers_qwenimage.offload.memory import HostMemory
 from diffusers_qwenimage.pipelines.needs import Demand
@@ -47,6 +52,7 @@ ONE_THREAD = 8 * 10**9  # bytes that one thread reads
 RATE_BYTES, RATE_SLABS = 2**28, 8
 UNUSED = ("embed_tokens", "lm_head", "visual.")  # parts of the text encoder that prompts do not read whole
 STEPS_TAKEN = 3
+SOURCE_NAMES = {"default": "by default", "mapped": "mapped", "pinned": "pinned at once"}
 Piece = tuple[Path, int, int]  # file, first byte, number of bytes
 Note = Callable[..., None]
 
@@ -60,7 +66,9 @@ def main() -> None:
     parser.add_argument("--vram", type=float, default=12.0, help="budget in GiB (12)")
     parser.add_argument("--weights", default="bf16", help="bf16, fp8, int8 (bf16)")
     parser.add_argument("--side", type=int, default=1328, help="of the picture (1328)")
-    parser.add_argument("--stream-from", nargs="+", default=["mapped", "pinned"], help="(mapped pinned)")
+    parser.add_argument(
+        "--stream-from", nargs="+", choices=SOURCE_NAMES, default=["default"], help="default, mapped, pinned"
+    )
     parser.add_argument("--rates", action="store_true", help="how fast host memory is filled and pinned")
     parser.add_argument("--profile", action="store_true", help="print where the time of loading goes")
     args = parser.parse_args()
@@ -76,7 +84,7 @@ def main() -> None:
     try:
         reading = measure_reading(args.folder, note)
         for index, source in enumerate(args.stream_from):
-            name = f"{source}, kernels compiled before" if index else source
+            name = SOURCE_NAMES[source] + (", kernels compiled before" if index else "")
             total = measure_loading(args, source, partial(note_of, note, name))
             for way, seconds in reading.items():
                 note(f"{name}, files to first step, beside reading {way}", total / seconds, "")
@@ -93,28 +101,33 @@ def note_of(note: Note, group: str, name: str, value: float, unit: str) -> None:
 
 
 def measure_loading(args: argparse.Namespace, source: str, note: Note) -> float:
-    """From files to the first step; returns the seconds."""
+    """From files to the first step, and how it goes on; returns the seconds to the first step."""
     if args.device == "cuda":
         torch.cuda.mem_get_info()  # CUDA's own start
     before = own_memory()
-    with HostWatch() as host, StackWatch() as profile:
-        start = time.perf_counter()
-        tokens = args.side // 16
-        pipe = QwenImagePipeline.from_pretrained_in_place(
-            str(args.folder),
-            vram_limit=args.vram,
-            weights=args.weights,
-            stream_from=source,
-            device=args.device,
-            demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
-        )
-        note("loading", time.perf_counter() - start, "s")
-        times = [time.perf_counter(), *take_steps(pipe, args)]
-    total = times[2] - start
-    note("encoding both prompts, for the first time", times[1] - times[0], "s")
-    note("tabulating the modulation and the first step", times[2] - times[1], "s")
-    note("a later step", times[-1] - times[-2], "s")
-    note("from files to the end of the first step", total, "s")
+    with HostWatch() as host:
+        with StackWatch() as profile:
+            start = time.perf_counter()
+            pipe = load(args, source)
+            loaded = time.perf_counter()
+            first = take_steps(pipe, args, num_steps=args.steps if source == "default" else STEPS_TAKEN)
+        note("loading", loaded - start, "s")
+        note("encoding both prompts, for the first time", first.began - loaded, "s")
+        note("tabulating the modulation and the first step", first.ends[0] - first.began, "s")
+        note("from files to the end of the first step", first.ends[0] - start, "s")
+        if source == "default":
+            note_pinning(pipe, first, note)
+        else:
+            note("a later step", first.ends[-1] - first.ends[-2], "s")
+        if args.profile:
+            print("\n".join(profile.lines(60)), file=sys.stderr, flush=True)
+        pipe.clear_prompt_cache()
+        begin = time.perf_counter()
+        again = take_steps(pipe, args, num_steps=STEPS_TAKEN)
+    note("encoding both prompts", again.began - begin, "s")
+    note("tabulating the modulation and a step", again.ends[0] - again.began, "s")
+    note("a step after that", median(again.seconds), "s")
+    note("steps that equal those before, bit for bit", again.equal_steps(first), f"of {STEPS_TAKEN}")
     report = pipe.memory_report()
     print(report, file=sys.stderr, flush=True)
     note("pinned", report.pinned / GIB, "GiB")
@@ -123,31 +136,92 @@ def measure_loading(args: argparse.Namespace, source: str, note: Note) -> float:
         (host.most - before - report.pinned) / GIB,
         "GiB",
     )
-    if args.profile:
-        print("\n".join(profile.lines()), file=sys.stderr, flush=True)
-    pipe.clear_prompt_cache()
-    start = time.perf_counter()
-    times = take_steps(pipe, args)
-    note("encoding both prompts", times[0] - start, "s")
-    note("tabulating the modulation and a step", times[1] - times[0], "s")
     pipe.disable_vram_management("meta")
     del pipe
     gc.collect()
-    return total
+    return first.ends[0] - start
 
 
-def take_steps(pipe: Any, args: argparse.Namespace) -> list[float]:
-    """When the prompts were encoded, and when each of a few steps was done."""
+def load(args: argparse.Namespace, source: str) -> Any:
+    """The pipeline, placed for one picture."""
+    tokens = args.side // 16
+    pipe = QwenImagePipeline.from_pretrained_in_place(
+        str(args.folder),
+        vram_limit=args.vram,
+        weights=args.weights,
+        stream_from=None if source == "default" else source,
+        device=args.device,
+        demand=Demand(rows=tokens, columns=tokens, steps=args.steps),
+    )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def note_pinning(pipe: Any, taken: "Steps", note: Note) -> None:
+    """Record the steps beside which weights were pinned, and wait for the rest."""
+    beside = [
+        seconds
+        for seconds, left, left_after in zip(taken.seconds, taken.unpinned, taken.unpinned[1:], strict=False)
+        if left_after < left
+    ]
+    total = taken.unpinned[0]
+    rows = zip(taken.seconds, taken.unpinned[1:], strict=True)
+    print("step (s): left to pin (GiB)", *(f"{s:.2f}: {n / GIB:.1f}" for s, n in rows), file=sys.stderr)
+    if beside:
+        note("a step while weights are pinned", median(beside), "s")
+        note("the longest of these", max(beside), "s")
+        note("pinned beside one step", (total - taken.unpinned[-1]) / len(beside) / GIB, "GiB")
+    if 0 in taken.unpinned:
+        done = taken.unpinned.index(0)
+        note("all pinned after the first step by", taken.ends[done] - taken.ends[0], "s")
+        return
+    begin, left = time.perf_counter(), unpinned(pipe)
+    pipe.finish_pinning()
+    note("waiting for the rest of it", time.perf_counter() - begin, "s")
+    note("the rest", left / GIB, "GiB")
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """Some steps of one picture.
+
+    Attributes:
+        began: when the prompts were encoded.
+        ends: when each step was done.
+        unpinned: bytes that were still to be pinned then.
+        latents: after each of the first steps.
+    """
+
+    began: float
+    ends: list[float] = field(default_factory=list)
+    unpinned: list[int] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step but the first, which also tabulates the modulation."""
+        return [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)]
+
+    def equal_steps(self, other: "Steps") -> int:
+        """How many of the first steps gave the same latents, bit for bit."""
+        return sum(map(torch.equal, self.latents, other.latents))
+
+
+def take_steps(pipe: Any, args: argparse.Namespace, *, num_steps: int) -> Steps:
+    """Encode the prompts and take the first steps of a picture; once all is pinned, three more are enough."""
     pipe.encode_prompt(PROMPT)
     pipe.encode_prompt(" ")
     wait(args.device)
-    times = [time.perf_counter()]
+    steps = Steps(began=time.perf_counter())
 
     def stamp(pipeline: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         wait(args.device)
-        times.append(time.perf_counter())
-        pipeline._interrupt = index + 1 == STEPS_TAKEN
+        steps.ends.append(time.perf_counter())
+        steps.unpinned.append(unpinned(pipe))
+        if index < STEPS_TAKEN:
+            steps.latents.append(tensors["latents"].clone())
+        enough = index + 1 > STEPS_TAKEN and not any(steps.unpinned[-STEPS_TAKEN:])
+        pipeline._interrupt = index + 1 == num_steps or enough
         return {}
 
     pipe(
@@ -159,9 +233,14 @@ def take_steps(pipe: Any, args: argparse.Namespace) -> list[float]:
         seed=0,
         output_type="latent",
         callback_on_step_end=stamp,
-        callback_on_step_end_tensor_inputs=[],
+        callback_on_step_end_tensor_inputs=["latents"],
     )
-    return times
+    return steps
+
+
+def unpinned(pipe: Any) -> int:
+    """Bytes that stream from files until they are pinned."""
+    return unpinned_bytes(pipe.transformer) + unpinned_bytes(pipe.text_encoder)
 
 
 def measure_reading(folder: Path, note: Note) -> dict[str, float]:

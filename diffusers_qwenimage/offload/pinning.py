@@ -117,6 +117,12 @@ class LatePinning:
         with self._state:
             return bool(self._left)
 
+    @property
+    def ready_bytes(self) -> int:
+        """What is pinned and waits for its tensors, which come before the next visit."""
+        with self._state:
+            return sum(slab.tensor.numel() for slab in self._filled.values())
+
     # --- by the thread that uses the module, while no unit is visited ---
 
     def visit(self, index: int) -> None:

@@ -94,14 +94,18 @@ class Streaming:
     def pinned_bytes(self) -> int:
         """Host memory that is pinned now."""
         units = sum(unit.slab.tensor.numel() for unit in self._units if unit.slab is not None)
-        return units + (0 if self._feeder is None else self._feeder.pinned_bytes)
+        return units + self._ready_bytes + (0 if self._feeder is None else self._feeder.pinned_bytes)
 
     @property
     def unpinned_bytes(self) -> int:
         """Of what streams from pinned memory by plan, bytes that are not there yet."""
         if self.placement.plan.source != "pinned":
             return 0
-        return sum(unit.layout.num_bytes for unit in self._units if unit.slab is None)
+        return sum(unit.layout.num_bytes for unit in self._units if unit.slab is None) - self._ready_bytes
+
+    @property
+    def _ready_bytes(self) -> int:
+        return 0 if self._pinning is None else self._pinning.ready_bytes
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Copies and pickles would hold the same slots.

@@ -180,6 +180,7 @@ class VramManager:
             yield
         finally:
             self._rest(self._parts().transformer)
+            self._rest(self._parts().text_encoder)  # which may have been pinned meanwhile
 
     @contextmanager
     def using_vae(self, samples: int, rows: int, columns: int) -> Iterator[None]:
