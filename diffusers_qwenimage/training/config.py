@@ -333,6 +333,11 @@ class TrainConfig:
                 f"extra_inputs {self.extra_inputs!r}: training from text to image takes no further inputs; "
                 "leave it out."
             )
+        if self.gradient_checkpointing in ("selective", "auto") and self.checkpointing in ("full", "offload"):
+            raise ValueError(
+                f"gradient_checkpointing is {self.gradient_checkpointing}, and use_gradient_checkpointing means "
+                "full; leave one of them out."
+            )
         if self.optimizer_in_backward and (
             self.max_grad_norm or self.spike_factor or self.gradient_accumulation_steps > 1
         ):

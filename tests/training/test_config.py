@@ -76,6 +76,7 @@ def test_file_and_command_line_mix(tmp_path, suffix):
         ({"extra_inputs": "edit_image"}, "takes no further inputs"),
         ({"loggers": "swanlab"}, "loggers knows tensorboard and wandb"),
         ({"use_gradient_checkpointing": "yes"}, "must be true or false"),
+        ({"use_gradient_checkpointing": True, "gradient_checkpointing": "auto"}, "leave one of them out"),
         ({"align_to_opensource_format": True, "lora_format": "kohya"}, "not both"),
     ],
 )

@@ -17,4 +17,4 @@ accelerate launch examples/model_training/train.py \
   --optimizer adafactor \
   --optimizer_in_backward \
   --max_grad_norm 0 \
-  --use_gradient_checkpointing "$@"
+  --gradient_checkpointing full "$@"
