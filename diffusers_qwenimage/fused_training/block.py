@@ -90,8 +90,8 @@ class _Block(torch.autograd.Function):
             results[place] = mlp_(stream, part, rows, factors, lean=lean)
         if call.keep in (Keep.NOTHING, Keep.HOST):
             values = inputs_of(values)
-        elif call.keep is Keep.ATTENTION:
-            values = kept_of(values)
+        elif call.keep in (Keep.ATTENTION, Keep.MLP):
+            values = kept_of(values, attention=call.keep is Keep.ATTENTION)
         if call.keep is Keep.HOST:
             move_inputs_(values, torch.device("cpu"))
         ctx.values = values

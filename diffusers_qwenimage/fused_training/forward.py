@@ -160,7 +160,7 @@ def move_inputs_(values: Values, device: torch.device) -> None:
             part.x = part.x.to(device, non_blocking=True)
 
 
-def kept_of(values: Values) -> Values:
-    """What is kept of attention and the MLPs."""
+def kept_of(values: Values, *, attention: bool) -> Values:
+    """What is kept of the MLPs, and of attention."""
     image, text = (replace(_stream_inputs(part), mlp=part.mlp) for part in (values.image, values.text))
-    return Values(image=image, text=text, attended=values.attended)
+    return Values(image=image, text=text, attended=values.attended if attention else [])

@@ -23,7 +23,8 @@ class Keep(Enum):
     """What a block keeps for its backward pass; the rest is computed again."""
 
     ALL = "all"
-    ATTENTION = "attention"  # and the results of the MLPs: a third of the products need not be repeated
+    ATTENTION = "attention"  # and the results of the MLPs
+    MLP = "mlp"  # the results of the MLPs: a third of the products need not be repeated
     NOTHING = "nothing"
     HOST = "host"  # nothing, and the inputs are moved to host memory
 

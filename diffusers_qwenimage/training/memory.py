@@ -4,8 +4,8 @@ Sizes are counted in units: the memory of one value of width D for every token o
 computed in. A block whose backward pass starts from everything keeps 20 units (its input 1, normed input 1,
 queries, keys and values 3, turned queries and keys 2, attention's result 1, the projection's 1, both halves
 of what follows 2, MLP 4 + 4 + 1, and 1 for small tensors); one that keeps attention's and the MLP's results
-keeps 3, one that keeps its input 1. While a block is computed backward, 24 units exist on top of that: of the
-last block they exist in any case, and it keeps everything.
+keeps 3, one that keeps the MLP's 2, one that keeps its input 1. While a block is computed backward, 24 units
+exist on top of that: of the last block they exist in any case, and it keeps everything.
 """
 
 import logging
@@ -16,14 +16,16 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-UNITS = {"all": 20, "attention": 3, "nothing": 1, "host": 0}
+UNITS = {"all": 20, "attention": 3, "mlp": 2, "nothing": 1, "host": 0}
 WORKING_UNITS = 24
 MODES = {"none": "all", "selective": "attention", "full": "nothing", "offload": "host"}
 TEXT_TOKENS = 512  # of a sample, at most: what is counted for the text stream
 RESERVE = 768 * 2**20  # for what is not counted: workspaces of libraries, rounding of the allocator
 
 
-def plan_keep(mode: str, *, num_blocks: int, unit_bytes: int, free_bytes: int | None) -> list[str]:
+def plan_keep(
+    mode: str, *, num_blocks: int, unit_bytes: int, free_bytes: int | None, trained_bytes: int = 0
+) -> list[str]:
     """What each block keeps (`fused_training.Keep`).
 
     Args:
@@ -31,22 +33,25 @@ def plan_keep(mode: str, *, num_blocks: int, unit_bytes: int, free_bytes: int | 
         num_blocks: blocks of the transformer.
         unit_bytes: bytes of a unit.
         free_bytes: what "auto" may fill; None: as "full", since nothing is known.
+        trained_bytes: of the gradients, which grow while the activations of the blocks shrink.
     """
     if mode != "auto":
         return [*[MODES[mode]] * (num_blocks - 1), "all"]
     if free_bytes is None:
         return plan_keep("full", num_blocks=num_blocks, unit_bytes=unit_bytes, free_bytes=None)
-    left = free_bytes // max(unit_bytes, 1) - WORKING_UNITS - num_blocks * UNITS["nothing"]
+    inputs = num_blocks * UNITS["nothing"]
+    least = max(inputs, trained_bytes // max(unit_bytes, 1))
+    left = free_bytes // max(unit_bytes, 1) - WORKING_UNITS - least
     keep = ["nothing"] * num_blocks
-    for better in ("attention", "all"):  # time saved per byte is larger for the first
+    for better in ("mlp", "attention", "all"):  # the time saved per byte is largest for the first
         for index in range(num_blocks - 1):
             cost = UNITS[better] - UNITS[keep[index]]
             if cost <= left:
                 keep[index], left = better, left - cost
     keep[-1] = "all"
     logger.info(
-        "Of %d blocks, %d keep everything, %d the results of attention and MLP, %d their input.",
-        *(num_blocks, keep.count("all"), keep.count("attention"), keep.count("nothing")),
+        "Of %d blocks, %d keep everything, %d what attention and MLP give, %d what the MLP does, %d their input.",
+        *(num_blocks, *(keep.count(kind) for kind in ("all", "attention", "mlp", "nothing"))),
     )
     return keep
 

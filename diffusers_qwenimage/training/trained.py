@@ -180,7 +180,8 @@ def enable_checkpointing_(
     blocks = transformer.transformer_blocks
     unit = unit_bytes(transformer, sizes, config.batch_size, compute_dtype(config))
     free = _free_bytes(transformer, config, device) if mode == "auto" else None
-    keep = plan_keep(mode, num_blocks=len(blocks), unit_bytes=unit, free_bytes=free)
+    trained = _num_bytes(parameter for parameter in transformer.parameters() if parameter.requires_grad)
+    keep = plan_keep(mode, num_blocks=len(blocks), unit_bytes=unit, free_bytes=free, trained_bytes=trained)
     for block, kept in zip(blocks, keep, strict=True):
         block.keep = kept
     if mode == "none":
@@ -204,7 +205,7 @@ def _free_bytes(transformer: Any, config: TrainConfig, device: torch.device) -> 
     if config.vram_limit is not None:
         free = min(free, int(config.vram_limit * 2**30) - torch.cuda.memory_allocated(device))
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    return free - 3 * _num_bytes(trained) - RESERVE
+    return free - 2 * _num_bytes(trained) - RESERVE  # of the optimizer
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

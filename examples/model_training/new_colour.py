@@ -12,11 +12,8 @@ pictures that are judged show combinations that were not trained.
 import argparse
 import csv
 import random
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +23,16 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusers_qwenimage import QwenImagePipeline, default_checkpoint
-from diffusers_qwenimage.loading import load_transformer
+from diffusers_qwenimage import default_checkpoint
 from diffusers_qwenimage.training import train
 from diffusers_qwenimage.training.options import make_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
-from grammar import Caption, Scene, sample_scene, write_caption
-from judge import Verdict, judge
-from scenes import PALETTE, batch_scenes, lay_out, render
+import evaluate
+from renamed import OLD, NewColour, is_coloured
+from scenes import batch_scenes, lay_out, render
 
-OLD, NEW, COLOUR = "purple", "light blue", (70, 175, 250)
+COLOUR = NewColour(name="light blue", rgb=(70, 175, 250))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 480
 ALL_LAYERS = (
@@ -90,8 +86,8 @@ def write_dataset(folder: Path, number: int, *, seed: int = 0) -> None:
     """
     folder.mkdir(parents=True)
     rows = [("image", "prompt")]
-    with new_colour():
-        for index, (scene, caption) in enumerate(scenes(number, seed, held_out=False, share=2 / 3)):
+    with COLOUR.shown():
+        for index, (scene, caption) in enumerate(COLOUR.scenes(number, seed, held_out=False, share=2 / 3)):
             placed = lay_out(scene, random.Random(seed + index))
             pixels = render(batch_scenes([(scene.background, placed)]))[0]
             array = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
@@ -136,92 +132,20 @@ def measure(
     model: Path, number: int, *, weights: Path | None = None, full: bool = False, grid: Path | None = None
 ) -> Measured:
     """Judge `number` pictures of combinations with the new colour that were not trained."""
-    pipe = QwenImagePipeline.from_pretrained(str(model), dtype=torch.float32).to(DEVICE)
-    pipe.set_progress_bar_config(disable=True)
-    if weights is not None and full:
-        pipe.transformer = load_transformer(weights, dtype=torch.float32).to(DEVICE)
-    elif weights is not None:
-        pipe.load_lora_weights(str(weights))
-    pairs = scenes(number, 1000, held_out=True, share=1.0)
-    pictures = draw(pipe, [caption.text for _, caption in pairs])
+    pipe = evaluate.load(model, "diffusers_qwenimage", "float32", DEVICE)
+    evaluate.load_trained(pipe, lora=None if full else weights, dit=weights if full else None)
+    requests = evaluate.colour_requests(COLOUR, number)
+    captions = [request.caption.text for request in requests]
+    pictures = evaluate.draw(pipe, captions, steps=12, cfg=4.0, seed=0, batch=8)
     if grid is not None:
         Image.fromarray(np.concatenate(pictures[:8], axis=1)).save(grid)
-    with new_colour():
-        verdicts = judged(pictures, pairs)
-    known = scenes(number // 2, 1000, held_out=True, share=0.0)
-    kept = judged(draw(pipe, [caption.text for _, caption in known]), known)
+    verdicts = evaluate.judged(pictures, requests, COLOUR)
+    evaluate.report(requests, verdicts)
     return Measured(
-        coloured=sum(map(is_coloured, verdicts)),
-        right=sum(verdict.right for verdict in verdicts),
-        kept=sum(verdict.right for verdict in kept),
+        coloured=sum(map(is_coloured, verdicts[:number])),
+        right=sum(verdict.right for verdict in verdicts[:number]),
+        kept=sum(verdict.right for verdict in verdicts[number:]),
     )
-
-
-def judged(pictures: Sequence[np.ndarray], pairs: Sequence[tuple[Scene, Caption]]) -> list[Verdict]:
-    """What the judge finds, which is printed too."""
-    verdicts = [judge(picture, *pair) for picture, pair in zip(pictures, pairs, strict=True)]
-    for verdict, (_, caption) in zip(verdicts, pairs, strict=True):
-        print(f"  {caption.text!r}: {'right' if verdict.right else verdict.faults} ({verdict.found})")
-    return verdicts
-
-
-def is_coloured(verdict: Verdict) -> bool:
-    """Whether the judge saw things of the new colour, and of no other, on the right background."""
-    things = verdict.found.rpartition(" on ")[0]
-    return "background" not in verdict.faults and all(f" {OLD} " in thing for thing in things.split(", "))
-
-
-@torch.no_grad()
-def draw(pipe: Any, captions: Sequence[str]) -> list[np.ndarray]:
-    """A picture (256, 256, 3) for each caption."""
-    pictures = []
-    for start in range(0, len(captions), 8):
-        part = list(captions[start : start + 8])
-        images = pipe(
-            part,
-            negative_prompt=[" "] * len(part),
-            num_inference_steps=12,
-            height=256,
-            width=256,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-        ).images
-        pictures += [np.asarray(image) for image in images]
-    return pictures
-
-
-def scenes(number: int, seed: int, *, held_out: bool, share: float) -> list[tuple[Scene, Caption]]:
-    """Scenes of one group, and their captions.
-
-    `share` is the chance that a scene in the new colour is taken, and that one in another colour is not; one
-    in nine that are drawn is in the new colour.
-    """
-    draw = random.Random(seed)
-    found = []
-    while len(found) < number:
-        scene = sample_scene(draw, num_groups=1, held_out=held_out)
-        wanted = draw.random() < share
-        if scene.background == OLD or (scene.groups[0].colour == OLD) != wanted:
-            continue
-        caption = write_caption(scene, draw)
-        text = re.sub(r"\b(purple|violet)\b", _renamed, caption.text, flags=re.IGNORECASE)
-        found.append((scene, Caption(text=text, relations=caption.relations)))
-    return found
-
-
-@contextmanager
-def new_colour() -> Iterator[None]:
-    """Within, what the grammar calls purple is drawn, and judged, in the new colour."""
-    before = PALETTE[OLD]
-    PALETTE[OLD] = COLOUR
-    try:
-        yield
-    finally:
-        PALETTE[OLD] = before
-
-
-def _renamed(match: re.Match[str]) -> str:
-    word = match[0]
-    return NEW.upper() if word.isupper() else NEW.capitalize() if word[0].isupper() else NEW
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """On the small model inside the package: training learns, and the examples run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,17 +70,26 @@ def test_training_examples(tmp_path, kind):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_new_colour(tmp_path, monkeypatch, kind):
-    """A colour that the base does not draw, judged from the pixels, before and after."""
+    """A colour that the base does not draw, judged from the pixels by `evaluate.py`, before and after."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "model_training"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "tiny"))
     import new_colour
 
-    model, full = default_checkpoint(), kind == "full"
+    full = kind == "full"
     new_colour.write_dataset(tmp_path / "data", 96)
-    weights = new_colour.teach(tmp_path, model, steps=new_colour.STEPS, full=full)
-    assert new_colour.measure(model, 8).coloured == 0
-    after = new_colour.measure(model, 8, weights=weights, full=full)
-    assert after.coloured >= 6 and after.right >= 6 and after.kept >= 3  # of 8, 8 and 4
+    weights = new_colour.teach(tmp_path, default_checkpoint(), steps=new_colour.STEPS, full=full)
+    assert evaluated(tmp_path)["only the new colour"] == 0
+    after = evaluated(tmp_path, "--dit" if full else "--lora", str(weights))
+    assert after["only the new colour"] >= 6 and after["by category"]["new colour"][0] >= 6  # of 8
+    assert after["by category"]["known colours"][0] >= 3  # of 4
+
+
+def evaluated(folder, *trained):
+    """What `examples/tiny/evaluate.py` says of 8 pictures of the new colour and 4 of known ones."""
+    line = [sys.executable, str(EXAMPLES / "tiny" / "evaluate.py"), "--library", "diffusers_qwenimage"]
+    line += ["--new-colour", "light blue", "70", "175", "250", "--number", "8", "--steps", "12"]
+    run([*line, "--json", str(folder / "judged.json"), *trained], folder)
+    return json.loads((folder / "judged.json").read_text(encoding="utf-8"))
 
 
 def run(line, folder):

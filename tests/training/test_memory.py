@@ -195,7 +195,7 @@ def test_auto_keeps_what_fits(free):
     used = sum(UNITS[kept] for kept in keep[:-1]) + UNITS["nothing"]
     if free >= WORKING_UNITS + 10:
         assert used + WORKING_UNITS <= free
-    better = {"nothing": 2, "attention": 17}
+    better = {"nothing": 1, "mlp": 1, "attention": 17}
     if free > 1000:
         assert keep == ["all"] * 10
     elif free >= WORKING_UNITS + 10:  # nothing more would fit
