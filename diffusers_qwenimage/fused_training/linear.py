@@ -228,8 +228,13 @@ class Three:
             return None
         if hidden is None:
             hidden = x @ factors.values(self.downs).t()
-        for column, layer, part in self._adapted(columns, hidden):
-            column.addmm_(part, factors.value(layer.up).t(), alpha=layer.scale)
+        ups = self._joined_ups(factors)
+        if ups is not None:
+            scale = self.layers[0].scale
+            self._side_by_side(out).baddbmm_(self._side_by_side(hidden), ups.transpose(1, 2), alpha=scale)
+        else:
+            for column, layer, part in self._adapted(columns, hidden):
+                column.addmm_(part, factors.value(layer.up).t(), alpha=layer.scale)
         return hidden
 
     def backward(
@@ -258,18 +263,30 @@ class Three:
 
     def _at_once(self, gradient: Tensor, hidden: Tensor, of_hidden: Tensor, factors: Factors) -> bool:
         """scale g B and the gradient of B for all three in two products, if they are of one kind."""
-        scales, shapes = {layer.scale for layer in self.layers}, {up.shape for up in self.ups}
-        if len(self.ups) < len(self.layers) or len(scales) > 1 or len(shapes) > 1:
-            return False
-        ups, of_ups = joined([factors.value(up) for up in self.ups]), factors.joint_gradient(self.ups)
+        ups = self._joined_ups(factors)
+        of_ups = None if ups is None else factors.joint_gradient(self.ups)
         if ups is None or of_ups is None:
             return False
-        kinds, scale = len(self.layers), scales.pop()
-        grads = gradient.unflatten(1, (kinds, -1)).transpose(0, 1)  # [3, N, O]
-        hiddens, of_hiddens = (part.unflatten(1, (kinds, -1)).transpose(0, 1) for part in (hidden, of_hidden))
-        _write_products(of_hiddens, grads, ups.unflatten(0, (kinds, -1)), scale)
-        _write_products(of_ups.unflatten(0, (kinds, -1)), grads.transpose(1, 2), hiddens, scale)
+        scale, kinds = self.layers[0].scale, len(self.layers)
+        grads = self._side_by_side(gradient)
+        _write_products(self._side_by_side(of_hidden), grads, ups, scale)
+        of_ups = of_ups.unflatten(0, (kinds, -1))
+        _write_products(of_ups, grads.transpose(1, 2), self._side_by_side(hidden), scale)
         return True
+
+    def _joined_ups(self, factors: Factors) -> Tensor | None:
+        """B of all three, [3, O, r], if they are of one kind and lie behind each other."""
+        scales, shapes = {layer.scale for layer in self.layers}, {up.shape for up in self.ups}
+        if len(self.ups) < len(self.layers) or len(scales) > 1 or len(shapes) > 1:
+            return None
+        ups = joined([factors.value(up) for up in self.ups])
+        together: Tensor | None = None if ups is None else ups.unflatten(0, (len(self.layers), -1))
+        return together
+
+    def _side_by_side(self, columns: Tensor) -> Tensor:
+        """[N, 3 K] -> [3, N, K], the same memory."""
+        parts: Tensor = columns.unflatten(1, (len(self.layers), -1)).transpose(0, 1)
+        return parts
 
     def _adapted(self, columns: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Any, Tensor]]:
         """(columns of the output, layer, its part of `hidden`) for the layers with a LoRA."""

@@ -50,7 +50,7 @@ def plan_keep(
                 keep[index], left = better, left - cost
     keep[-1] = "all"
     logger.info(
-        "Of %d blocks, %d keep everything, %d what attention and MLP give, %d what the MLP does, %d their input.",
+        "Of %d blocks, %d keep everything, %d what attention and MLP give, %d the MLP, %d their input alone.",
         *(num_blocks, *(keep.count(kind) for kind in ("all", "attention", "mlp", "nothing"))),
     )
     return keep
