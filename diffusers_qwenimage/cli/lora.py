@@ -20,6 +20,7 @@ TARGET_NAMES = (
     "kohya",
     "nunchaku",
 )
+OTHER_NAMES = ("portable", "musubi", "nunchaku-fused", "comfy")
 
 Subparsers = argparse._SubParsersAction
 
@@ -35,7 +36,7 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands)
     _add_compare(commands)
-    add_tools(commands, _add, TARGET_NAMES)
+    add_tools(commands, _add, (*TARGET_NAMES, *OTHER_NAMES))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,10 +52,10 @@ def _add_convert(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=(*TARGET_NAMES, "portable", "original"),
+        choices=(*TARGET_NAMES, *OTHER_NAMES, "original"),
         metavar="TARGET",
-        help=f"one of {', '.join(TARGET_NAMES)}; portable is another name of opensource; original undoes a "
-        "conversion byte by byte",
+        help=f"one of {', '.join(TARGET_NAMES)}; portable, comfy and musubi are other names of opensource, "
+        "comfyui and kohya; original undoes a conversion byte by byte",
     )
     parser.add_argument("--strict", action="store_true", help="only bit-identical tensors under new names")
     parser.add_argument(

@@ -335,7 +335,7 @@ class TrainConfig:
             )
         if self.gradient_checkpointing in ("selective", "auto") and self.checkpointing in ("full", "offload"):
             raise ValueError(
-                f"gradient_checkpointing is {self.gradient_checkpointing}, and use_gradient_checkpointing means "
+                f"gradient_checkpointing is {self.gradient_checkpointing}, use_gradient_checkpointing means "
                 "full; leave one of them out."
             )
         if self.optimizer_in_backward and (

@@ -9,8 +9,8 @@ from lora_samples import samples
 from safetensors.torch import load_file, save_file
 
 from diffusers_qwenimage.cli import main
-from diffusers_qwenimage.cli.lora import TARGET_NAMES
-from diffusers_qwenimage.lora.targets import TARGETS
+from diffusers_qwenimage.cli.lora import OTHER_NAMES, TARGET_NAMES
+from diffusers_qwenimage.lora.targets import ALIASES, TARGETS
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_the_help_names_the_targets_of_the_library() -> None:
     assert TARGET_NAMES == tuple(TARGETS)
+    assert OTHER_NAMES == tuple(ALIASES)
 
 
 def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

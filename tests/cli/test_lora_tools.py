@@ -12,8 +12,6 @@ from lora_made import MODULES, lora_tensors, write_lora
 from safetensors.torch import load_file, save_file
 
 from diffusers_qwenimage.cli import main
-from diffusers_qwenimage.cli.lora import TARGET_NAMES
-from diffusers_qwenimage.lora.targets import TARGETS
 
 __all__ = ["hub"]
 
@@ -22,10 +20,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     code = main(["lora", *map(str, arguments)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
-
-
-def test_target_names_are_those_of_the_library() -> None:
-    assert tuple(TARGETS) == TARGET_NAMES
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
