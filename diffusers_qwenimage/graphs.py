@@ -168,7 +168,11 @@ class Graphs:
 
     @property
     def mode(self) -> str:
-        """See the class."""
+        """What is recorded, see the class; setting it gives all graphs back.
+
+        Raises:
+            ValueError: if there is no such mode.
+        """
         return self._mode
 
     @mode.setter

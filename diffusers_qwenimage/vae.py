@@ -238,6 +238,7 @@ class CausalConv3d(stock.QwenImageCausalConv3d):
     """The stock convolution; [B, C, H, W] is one frame with nothing before it."""
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] or [B, C, frames, H, W] -> the same with the output's channels and size."""
         if x.ndim == 5:
             video: Tensor = super().forward(x, cache_x)
             return video
@@ -249,6 +250,7 @@ class RMSNorm(stock.QwenImageRMS_norm):
     """x sqrt(C) / |x| * gamma over the channels, as stock; also for [B, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, C, frames, H, W], in and out."""
         if x.ndim == 5:
             video: Tensor = super().forward(x)
             return video
@@ -261,6 +263,7 @@ class AttentionBlock(stock.QwenImageAttentionBlock):
     """Self-attention of one head over the pixels of a frame, as stock; also for [B, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, C, frames, H, W], in and out."""
         if x.ndim == 5:
             video: Tensor = super().forward(x)
             return video
@@ -277,6 +280,7 @@ class Resample(stock.QwenImageResample):
     def forward(
         self, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
     ) -> Tensor:
+        """[B, C, H, W] or [B, C, frames, H, W] -> half or twice H and W."""
         if x.ndim == 5:
             video: Tensor = super().forward(x, feat_cache, feat_idx)
             return video
@@ -288,6 +292,7 @@ class Upsample(stock.QwenImageUpsample):
     """Nearest-neighbour upsampling; copying values needs no detour through float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
         return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
 
 

@@ -133,5 +133,6 @@ def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def write_result(arguments: argparse.Namespace, data: object, lines: Sequence[str]) -> None:
+    """Write a command's result to stdout: `data` as JSON with --json, else the lines."""
     text = json.dumps(data, indent=2) if arguments.json else "\n".join(lines)
     sys.stdout.write(text + "\n")

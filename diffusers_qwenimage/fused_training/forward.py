@@ -103,6 +103,7 @@ def mlp_(stream: Stream, part: StreamValues, rows: Sequence[Rows], factors: Fact
 
 
 def activate_(stream: Stream, part: StreamValues, factors: Factors, *, lean: bool) -> Tensor:
+    """GELU of the MLP's first layer, [N, 4 D]; its input is kept in `part` unless `lean` can do without."""
     assert part.second is not None
     plain = stream.up.plain
     if lean and plain is not None:

@@ -153,6 +153,13 @@ def streams_of(call: Call, values: Values) -> Iterator[tuple[int, Stream, Stream
 
 
 def samples_of(batch: int, num_image: int, lengths: Sequence[int]) -> Samples:
+    """Where the tokens of each sample lie: in their streams, and as [text; image] in the joint one.
+
+    Args:
+        batch: samples.
+        num_image: image tokens of a sample.
+        lengths: text tokens of each sample.
+    """
     image, text, row, num_text = [], [], 0, 0
     for index, length in enumerate(lengths):
         middle, end = row + length, row + length + num_image
@@ -210,6 +217,7 @@ def add_(sums: Tensor, index: int, gradients: dict[int, Tensor]) -> None:
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, without a copy where there is only one part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
