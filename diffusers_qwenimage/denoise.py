@@ -147,7 +147,7 @@ def denoise(
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, *, rescale: bool = True) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598).
+    """Classifier-free guidance (arXiv 2207.12598), of velocities [B, L, C].
 
     `rescale` gives each token's velocity the norm of the conditional one, as Qwen-Image is sampled.
     """

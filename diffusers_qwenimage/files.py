@@ -53,6 +53,9 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`; renamed to `path` on success, removed on error.
 
     A symbolic link is followed: its target is replaced and the link stays. Parent folders are created.
+
+    Raises:
+        IsADirectoryError: if `path` is a folder.
     """
     target = Path(path).resolve()
     if target.is_dir():

@@ -103,7 +103,7 @@ def fused_block(
     """One block by its plan; the other arguments are as in `QwenImageTransformerBlock.forward`.
 
     Returns:
-        The image stream and the text stream.
+        The image stream [B, L, D] and the text stream, as they came.
     """
     device, dtype = image_BLD.device, image_BLD.dtype
     batch, num_image, width = image_BLD.shape
@@ -340,7 +340,10 @@ class ModulationAhead:
         self._kept: list[tuple[Tensor, Tensor]] = []  # until the current stream has read them
 
     def start(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Start on block `index`; None if there is no such block, or it has to do this itself."""
+        """Start on block `index`: its modulation, image [B, R, 6 D] and text [B, 6 D], complete after `join`.
+
+        None if there is no such block, or it has to do this itself.
+        """
         if index >= len(self._blocks) or isinstance(self._side, NoSide):
             return None
         block = self._blocks[index]

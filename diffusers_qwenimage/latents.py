@@ -54,6 +54,9 @@ def initial_noise(
     """Packed Gaussian noise [B, rows * columns, 4 channels], drawn in diffusers' order.
 
     A list of generators gives each sample its own; a CPU generator draws on the CPU for any device.
+
+    Raises:
+        ValueError: if there are neither one generator nor as many as samples.
     """
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Got {len(generator)} generators for {batch} pictures. Give one, or one for each.")
@@ -69,6 +72,12 @@ def encode(vae: Any, pixels: Tensor, *, generator: Generators = None, sample: bo
         pixels: [B, 3, height, width] in [-1, 1], type and device of the VAE.
         generator: draws the posterior sample; one for all, or one per picture.
         sample: draw from the posterior; False takes its mode.
+
+    Returns:
+        [B, height / 16 * width / 16, 4 z].
+
+    Raises:
+        ValueError: if there are neither one generator nor as many as pictures.
     """
     if isinstance(generator, list):
         if len(generator) < pixels.shape[0]:

@@ -19,7 +19,14 @@ class TimestepTextEmbedding(nn.Module):
             self.addition_t_embedding = nn.Embedding(2, width)
 
     def forward(self, sigma: Tensor, like: Tensor, additional_t_cond: Tensor | None = None) -> Tensor:
-        """Embed `sigma` [B]; the type is that of `like`."""
+        """Embed `sigma` [B] as [B, D], in the type of `like`.
+
+        Args:
+            additional_t_cond: [B], 0 for RGB and 1 for RGBA, where the model was trained with it.
+
+        Raises:
+            ValueError: if the model needs it and it is missing.
+        """
         embedded: Tensor = self.timestep_embedder(self.time_proj(sigma).to(like.dtype))
         if not self.use_additional_t_cond:
             return embedded

@@ -143,7 +143,11 @@ def open_checkpoint(source: str | Path | Sequence[str | Path]) -> Checkpoint:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Checkpoint:
-    """A checkpoint of tensors that are in memory already (a state dict)."""
+    """A checkpoint of tensors that are in memory already (a state dict).
+
+    Raises:
+        ValueError: for a type that safetensors files do not have.
+    """
     stored = {}
     for name, value in tensors.items():
         if value.dtype not in DTYPE_NAMES:

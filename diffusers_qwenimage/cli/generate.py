@@ -145,7 +145,11 @@ def make_picture(pipeline: Any, request: Request, index: int) -> "Image":
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of `--device`; "auto" is an NVIDIA GPU if there is one, else the CPU."""
+    """The device of `--device`; "auto" is an NVIDIA GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: if it cannot be used; the message says why.
+    """
     import torch
 
     if name == "auto":

@@ -181,7 +181,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_request(arguments: argparse.Namespace) -> Request:
-    """Check the arguments against each other, open the pictures, and fill in defaults."""
+    """Check the arguments against each other, open the pictures, and fill in defaults.
+
+    Raises:
+        ValueError: for arguments that contradict each other, and pictures or outputs that cannot be used.
+    """
     from diffusers_qwenimage.images import image_format, open_image, open_mask
 
     defaults = defaults_of(arguments.model)
@@ -223,7 +227,11 @@ def read_request(arguments: argparse.Namespace) -> Request:
 
 
 def defaults_of(model: str | None) -> Defaults:
-    """What a model is run with; the config in its folder may state the side of its pictures."""
+    """What a model is run with; the config in its folder may state the side of its pictures.
+
+    Raises:
+        ValueError: if that config is not readable.
+    """
     if model is None:
         return EMBEDDED
     path = Path(model) / MODEL_CONFIG

@@ -66,7 +66,7 @@ def trained_block(
     """One block with gradients; arguments as in `QwenImageTransformerBlock.forward`.
 
     Returns:
-        The image stream and the text stream.
+        The image stream [B, L, D] and the text stream, as they came.
     """
     call = open_call(block, image_BLD, text_BTD, temb, tables, text_lengths, keep)
     width = image_BLD.shape[-1]

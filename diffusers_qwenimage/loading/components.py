@@ -182,7 +182,11 @@ def state_dtype(text_encoder: Any) -> Any:
 
 
 def load_scheduler(folder: str | Path | None = None) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of a folder; None gives the published settings."""
+    """The scheduler of a folder; None gives the published settings.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+    """
     if folder is None:
         return FlowMatchEulerDiscreteScheduler.from_config(PUBLISHED_SCHEDULER)
     if not (Path(folder) / "scheduler_config.json").is_file():

@@ -158,7 +158,7 @@ def _expanded(update: LoraUpdate, index: int, dtype: torch.dtype) -> Tensor:
 
 
 def expanded_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
-    """(up, down) of a LoKr or LoHa update in fp64, without its scale."""
+    """(up [out, k], down [k, in]) of a LoKr or LoHa update in fp64, without its scale."""
     if update.kind == "loha":
         a1, b1, a2, b2 = (
             update.load(role).double() for role in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -203,7 +203,7 @@ def delta_weight(update: LoraUpdate) -> Tensor:
 
 
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
-    """The change that the factors of `update_factors` stand for."""
+    """The change, [out, in] or [out], that the factors of `update_factors` stand for."""
     return left @ right if right.numel() else left
 
 

@@ -221,7 +221,11 @@ def read_adapter_config(path: Path) -> dict[str, object]:
 
 
 def base_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a checkpoint, by their diffusers names, from its headers alone."""
+    """Shapes of the parameters of a checkpoint, by their diffusers names, from its headers alone.
+
+    Raises:
+        ValueError: if there is no safetensors file, or one is damaged.
+    """
     path = Path(path)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]

@@ -149,7 +149,11 @@ def resize_lora(
 def resize_update(
     update: LoraUpdate, rule: RankRule, *, dtype: torch.dtype | None = None
 ) -> tuple[LoraUpdate, ModuleError | None]:
-    """One update with another rank, and its error; differences of biases and norms stay as they are."""
+    """One update with another rank, and its error; differences of biases and norms stay as they are.
+
+    Raises:
+        ValueError: for a kind that has no plain factors (DoRA, GLoRA, OFT, ...).
+    """
     if update.kind == "diff_b" or (update.kind == "diff" and len(update.shape or ()) != 2):
         return update, None
     if update.kind not in ("lora", "lokr", "loha", "diff") or "magnitude" in update.tensors:

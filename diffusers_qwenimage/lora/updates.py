@@ -80,7 +80,11 @@ class Scale:
 
     @property
     def exact(self) -> Fraction | None:
-        """The factor as a fraction; None where it is irrational (rslora at a rank that is not a square)."""
+        """The factor as a fraction; None where it is irrational (rslora at a rank that is not a square).
+
+        Raises:
+            ValueError: if only the header of the file was read, and the alpha is in its data.
+        """
         if self.alpha is None:
             raise ValueError("The alpha of this update is in the file's data, and only its header was read.")
         if not self.rslora:

@@ -99,7 +99,11 @@ def detach_loras(transformer: Any) -> None:
 
 
 def peft_adapter(file: LoraFile) -> PeftAdapter:
-    """The adapter of a file; warns of a part for the text encoder, which is not applied."""
+    """The adapter of a file; warns of a part for the text encoder, which is not applied.
+
+    Raises:
+        ValueError: if an update has no form there; see `lora.apply.to_peft`.
+    """
     try:
         adapter = to_peft(file.updates, file.architecture)
     except ValueError as error:

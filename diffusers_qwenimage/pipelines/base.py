@@ -146,6 +146,9 @@ class QwenImagePipelineBase(
 
         Types are left as they are unless `dtype` (or `torch_dtype`) is given; diffusers casts everything to
         fp32 here, also the modules that the other pipeline goes on using.
+
+        Raises:
+            ValueError: for an argument that is no component, or a component that neither of them has.
         """
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         names = cls._get_signature_keys(cls)[0]
@@ -331,7 +334,11 @@ class QwenImagePipelineBase(
 
 
 def seeded(generator: packing.Generators, seed: Any) -> packing.Generators:
-    """The generator of a call: the one given, or a CPU generator with `seed`, a whole number or None."""
+    """The generator of a call: the one given, or a CPU generator with `seed`, a whole number or None.
+
+    Raises:
+        ValueError: if both are given, or the seed is no whole number.
+    """
     if seed is None:
         return generator
     if generator is not None:

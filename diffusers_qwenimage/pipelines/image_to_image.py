@@ -196,7 +196,11 @@ def encode_pictures(
     device: torch.device,
     **resize: Any,
 ) -> Tensor:
-    """Packed latents of pictures, or of latents [B, z, H/8, W/8] that the user passed."""
+    """Packed latents of pictures, or of latents [B, z, H/8, W/8] that the user passed.
+
+    Raises:
+        ValueError: if there is no picture, or latents of another size.
+    """
     if image is None:
         raise ValueError("Give `image`, the picture to start from.")
     if isinstance(image, Tensor) and image.ndim in (4, 5) and image.shape[1] == vae.config.z_dim:
@@ -214,7 +218,11 @@ def encode_pictures(
 
 
 def for_each_picture(batch: Tensor, text: Text, name: str) -> Tensor:
-    """Repeat a batch given once, or once per prompt, so that there is one for each picture."""
+    """Repeat a batch [1 or prompts or B, ...] so that there is one for each of B pictures.
+
+    Raises:
+        ValueError: if it has another length; `name` is the argument's, for the message.
+    """
     if batch.shape[0] == text.num_pictures:
         return batch
     if batch.shape[0] == text.num_prompts:

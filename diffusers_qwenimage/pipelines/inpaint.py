@@ -201,6 +201,9 @@ def prepare_inpaint(
         vae, processor, scheduler, sigmas, generator, device: as for image to image.
         mask_processor: resizes masks and cuts them at one half.
         latents: packed latents to start from; the noise in them is what the kept region gets too.
+
+    Raises:
+        ValueError: if the mask or the picture is missing, or of a number that does not fit the prompts.
     """
     if mask_image is None:
         raise ValueError("Give `mask_image`, white where the picture may change.")

@@ -207,7 +207,11 @@ def guidance_is_on(scale: float, has_negative: bool) -> bool:
 
 
 def join_negative(negative: list[Tensor], num_prompts: int) -> list[Tensor]:
-    """One negative embedding per prompt; a single one serves all."""
+    """One negative embedding [T_i, width] per prompt; a single one serves all.
+
+    Raises:
+        ValueError: if there is another number of them.
+    """
     if len(negative) == 1:
         return negative * num_prompts
     if len(negative) != num_prompts:
@@ -218,7 +222,11 @@ def join_negative(negative: list[Tensor], num_prompts: int) -> list[Tensor]:
 
 
 def guidance_interval(start: float, end: float) -> tuple[float, float]:
-    """The part of the steps in which guidance acts, from `cfg_start` and `cfg_end`."""
+    """The part of the steps in which guidance acts, from `cfg_start` and `cfg_end`.
+
+    Raises:
+        ValueError: if they are no fractions, or the end lies before the start.
+    """
     if not 0 <= start <= end <= 1:
         raise ValueError(
             f"cfg_start and cfg_end are fractions of the steps, 0 <= cfg_start <= cfg_end <= 1, got {start} "
