@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from components import random
 from PIL import Image
 
 from diffusers_qwenimage.training.config import TrainConfig
@@ -91,3 +92,17 @@ def make_trainer(**changes: Any) -> Trainer:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return trainer
+
+
+@torch.no_grad()
+def predict(transformer: Any) -> torch.Tensor:
+    """A velocity of the tiny transformer."""
+    velocity: torch.Tensor = transformer.eval()(
+        hidden_states=random(1, 6, 64),
+        encoder_hidden_states=random(1, 5, 16, seed=1),
+        encoder_hidden_states_mask=None,
+        timestep=torch.tensor([0.7]),
+        img_shapes=[[(1, 2, 3)]],
+        return_dict=False,
+    )[0]
+    return velocity

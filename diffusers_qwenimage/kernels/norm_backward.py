@@ -83,6 +83,13 @@ def gate_norm_backward_reference(
 
 if triton_is_installed():
 
+    @triton.jit
+    def _row(ptr, column, there, WANTED: tl.constexpr):  # type: ignore[no-untyped-def]
+        value = tl.zeros(column.shape, ptr.dtype.element_ty)
+        if WANTED:
+            value = tl.load(ptr + column, mask=there, other=0.0)
+        return value
+
     @triton.jit(do_not_specialize=["num_tokens", "num_rows", "eps"])
     def _kernel(  # type: ignore[no-untyped-def]
         total_ptr,
@@ -121,17 +128,10 @@ if triton_is_installed():
         # Of every token, what the next one needs is on its way while this one is computed.
         there = column < tl.where(token < end, D, 0)  # "&" of block and scalar fails in Triton 3.9
         at = token * D
-        next_x = tl.zeros((BLOCK,), total_ptr.dtype.element_ty)
-        next_y = tl.zeros((BLOCK,), y_ptr.dtype.element_ty)
-        next_total = tl.zeros((BLOCK,), grad_total_ptr.dtype.element_ty)
-        next_h = tl.zeros((BLOCK,), grad_h_ptr.dtype.element_ty)
-        if HAS_NORM:
-            next_x = tl.load(total_ptr + at + column, mask=there, other=0.0)
-            next_h = tl.load(grad_h_ptr + at + column, mask=there, other=0.0)
-        if HAS_GATE:
-            next_y = tl.load(y_ptr + at + column, mask=there, other=0.0)
-        if HAS_TOTAL:
-            next_total = tl.load(grad_total_ptr + at + column, mask=there, other=0.0)
+        next_x = _row(total_ptr + at, column, there, HAS_NORM)
+        next_h = _row(grad_h_ptr + at, column, there, HAS_NORM)
+        next_y = _row(y_ptr + at, column, there, HAS_GATE)
+        next_total = _row(grad_total_ptr + at, column, there, HAS_TOTAL)
         for _ in range(num_rows):
             here = there
             to = at
@@ -142,13 +142,10 @@ if triton_is_installed():
             token += 1
             there = column < tl.where(token < end, D, 0)
             at = token * D
-            if HAS_NORM:
-                next_x = tl.load(total_ptr + at + column, mask=there, other=0.0)
-                next_h = tl.load(grad_h_ptr + at + column, mask=there, other=0.0)
-            if HAS_GATE:
-                next_y = tl.load(y_ptr + at + column, mask=there, other=0.0)
-            if HAS_TOTAL:
-                next_total = tl.load(grad_total_ptr + at + column, mask=there, other=0.0)
+            next_x = _row(total_ptr + at, column, there, HAS_NORM)
+            next_h = _row(grad_h_ptr + at, column, there, HAS_NORM)
+            next_y = _row(y_ptr + at, column, there, HAS_GATE)
+            next_total = _row(grad_total_ptr + at, column, there, HAS_TOTAL)
             if HAS_NORM:
                 centred = tl.where(here, x - tl.sum(x, 0) / D, 0.0)
                 inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)

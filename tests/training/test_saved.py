@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from components import random
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_data import config
+from training_data import config, predict
 
 from diffusers_qwenimage import QwenImagePipeline
 from diffusers_qwenimage.loading import load_transformer
@@ -37,18 +36,6 @@ def train_and_predict(**changes):
     )
     path = trainer.run(None)
     return path, predict(trainer.trained.modules["dit"])
-
-
-@torch.no_grad()
-def predict(transformer):
-    return transformer.eval()(
-        hidden_states=random(1, 6, 64),
-        encoder_hidden_states=random(1, 5, 16, seed=1),
-        encoder_hidden_states_mask=None,
-        timestep=torch.tensor([0.7]),
-        img_shapes=[[(1, 2, 3)]],
-        return_dict=False,
-    )[0]
 
 
 @pytest.mark.parametrize(
