@@ -97,6 +97,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="file to write, .png, .jpg or .webp; an existing one is replaced "
         "(default: out.png; several: out-1.png, out-2.png, ...)",
     )
+    _add_picture(parser.add_argument_group("the picture"))
+    _add_start(parser.add_argument_group("a picture to start from"))
+    _add_machine(parser.add_argument_group("weights and memory"))
+
+
+def _add_picture(parser: "argparse._ArgumentGroup") -> None:
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",
@@ -133,6 +139,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures to make, with seeds counting up (default: 1)",
     )
+
+
+def _add_start(parser: "argparse._ArgumentGroup") -> None:
     parser.add_argument("--init-image", metavar="FILE", help="a picture to start from; resized to --size")
     parser.add_argument(
         "--strength",
@@ -145,6 +154,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --init-image: white where it is repainted, black where it is kept; of the same size",
     )
+
+
+def _add_machine(parser: "argparse._ArgumentGroup") -> None:
     parser.add_argument(
         "--lora",
         type=lora,
