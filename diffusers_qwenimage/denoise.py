@@ -35,7 +35,7 @@ from .precompile import compile_transformer, finish
 from .prompt import pad
 from .rotary import ImageShape
 from .step_cache import Forecast, ForecastCache
-from .transformer import QwenImageTransformer2DModel
+from .transformer import ModulationTable, QwenImageTransformer2DModel
 
 FEWEST_STEPS_TO_TABULATE = 4
 PromptEmbeds = Sequence[Tensor]  # one tensor [T_i, joint_attention_dim] per picture
@@ -163,18 +163,11 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
     """A function (index, latents, prompt) -> guided velocity [B, L, C], for this model and these inputs."""
     model = transformer._orig_mod if is_compiled_module(transformer) else transformer
     ours = isinstance(model, QwenImageTransformer2DModel)
-    dtype = inputs.latents.dtype
-    sigmas = inputs.timesteps.to(dtype) / 1000
+    is_compiled = model is not transformer
+    sigmas = inputs.timesteps.to(inputs.latents.dtype) / 1000
     kind = inputs.additional_t_cond
-    table = None
-    is_plain = ours and model is transformer  # not compiled
-    is_one_kind = kind is None  # a table holds one
-    if ours and (
-        model.modulation_is_offloaded or (is_plain and is_one_kind and _pays_to_tabulate(model, len(sigmas)))
-    ):
-        one_kind = None if kind is None else kind[:1]
-        table = model.tabulate_modulation(sigmas, dtype=dtype, additional_t_cond=one_kind)
-    graphs = graphs_of(model) if is_plain else None
+    table = _modulation_table(model, sigmas, inputs, is_compiled=is_compiled) if ours else None
+    graphs = graphs_of(model) if ours and not is_compiled else None
 
     def call(index: int, tokens: Tensor, text: PromptEmbeds, residuals: Sequence[Tensor] | None) -> Tensor:
         copies = len(text) // tokens.shape[0]  # 2 if both branches of the guidance go together
@@ -196,27 +189,26 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
 
     branches = _Branches(inputs)
 
-    def compute(
-        index: int, latents: Tensor, texts: Sequence[PromptEmbeds], names: Sequence[str]
-    ) -> list[Tensor]:
+    def compute(index: int, latents: Tensor, texts: dict[str, PromptEmbeds]) -> dict[str, Tensor]:
         """The velocity of each branch that is asked for, in one pass where the model allows it."""
         residuals = _residuals(inputs, index, sigmas[index], latents, branches.prompt)
         tokens = latents if inputs.reference is None else torch.cat([latents, inputs.reference], dim=1)
         if len(texts) > 1 and ours and not model.is_cache_enabled:
             # Every weight is read once per step.
-            together = call(index, tokens, [sample for text in texts for sample in text], residuals)
-            return list(together.chunk(len(texts)))
-        velocities = []
-        for name, text in zip(names, texts, strict=True):
+            samples = [sample for text in texts.values() for sample in text]
+            together = call(index, tokens, samples, residuals)
+            return dict(zip(texts, together.chunk(len(texts)), strict=True))
+        velocities = {}
+        for name, text in texts.items():
             with transformer.cache_context(name):  # a step cache of diffusers decides for each branch
-                velocities.append(call(index, tokens, text, residuals))
+                velocities[name] = call(index, tokens, text, residuals)
         return velocities
 
     def predict(index: int, latents: Tensor, prompt: PromptEmbeds) -> Tensor:
         texts = branches.at(index, prompt)
-        asked = [name for name in texts if branches.must_compute(name, index)]
-        computed = compute(index, latents, [texts[name] for name in asked], asked) if asked else []
-        velocities = branches.complete(index, dict(zip(asked, computed, strict=True)), texts)
+        asked = {name: text for name, text in texts.items() if branches.must_compute(name, index)}
+        computed = compute(index, latents, asked) if asked else {}
+        velocities = branches.complete(index, computed, texts)
         if "uncond" not in velocities:
             return velocities["cond"]
         return guide(
@@ -227,6 +219,19 @@ def _predictor(transformer: Any, inputs: DenoiseInputs) -> Callable[[int, Tensor
         )
 
     return predict
+
+
+def _modulation_table(
+    model: QwenImageTransformer2DModel, sigmas: Tensor, inputs: DenoiseInputs, *, is_compiled: bool
+) -> ModulationTable | None:
+    """The modulation of all steps, where its weights are elsewhere or that is quicker; else None."""
+    kind = inputs.additional_t_cond
+    if not model.modulation_is_offloaded and (
+        is_compiled or kind is not None or not _pays_to_tabulate(model, len(sigmas))
+    ):
+        return None
+    one_kind = None if kind is None else kind[:1]  # a table is of one, and all pictures are of the same
+    return model.tabulate_modulation(sigmas, dtype=inputs.latents.dtype, additional_t_cond=one_kind)
 
 
 def _pays_to_tabulate(model: QwenImageTransformer2DModel, num_steps: int) -> bool:
