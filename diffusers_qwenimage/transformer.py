@@ -49,6 +49,14 @@ if TYPE_CHECKING:
     from .fused import ModulationAhead
 
 
+# Tensor parallelism: linears of a block of which each rank has some outputs, and those that take them in.
+SPLIT_BY_OUTPUTS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+    *("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+)
+SPLIT_BY_INPUTS = ("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Modulation:
     """Shift, scale and gate of both halves of every block, for one timestep.
@@ -126,19 +134,8 @@ class QwenImageTransformer2DModel(
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
     _tp_plan = {
-        f"transformer_blocks.*.{name}": split
-        for split, names in {
-            "colwise": (
-                *(
-                    f"attn.{name}"
-                    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-                ),
-                "img_mlp.net.0.proj",
-                "txt_mlp.net.0.proj",
-            ),
-            "rowwise": ("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2"),
-        }.items()
-        for name in names
+        **{f"transformer_blocks.*.{name}": "colwise" for name in SPLIT_BY_OUTPUTS},
+        **{f"transformer_blocks.*.{name}": "rowwise" for name in SPLIT_BY_INPUTS},
     }
 
     @register_to_config

@@ -117,7 +117,7 @@ class SpeedMixin:
         _choose_autoencoder(pipe.vae, chosen)
         if isinstance(transformer, QwenImageTransformer2DModel):
             _warm_up(pipe, chosen)
-        self.enable_step_cache(step_cache) if step_cache is not None else self.disable_step_cache()
+        self.step_cache = step_cache
         chosen.add(
             "step cache",
             "off" if step_cache is None else f"threshold {step_cache.threshold:g}",
