@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,6 +131,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
             sigmas=sigmas_before_shift,
             generator=seeded(generator, seed),
             latents=latents,
+            attention_kwargs=attention_kwargs,
             device=self._execution_device,
         )
 
@@ -142,7 +142,7 @@ class QwenImageInpaintPipeline(QwenImagePipelineBase):
             return [overlay(mask_image, image, picture, crop) for picture in pictures]
 
         return self._run(
-            replace(inputs, attention_kwargs=attention_kwargs or {}),
+            inputs,
             interval=interval,
             output_type=output_type,
             return_dict=return_dict,
@@ -189,6 +189,7 @@ def prepare_inpaint(
     sigmas: Sequence[float],
     generator: packing.Generators,
     latents: Tensor | None,
+    attention_kwargs: dict[str, Any] | None,
     device: torch.device,
 ) -> DenoiseInputs:
     """Image to image whose unmasked region is put back after each step.
@@ -198,7 +199,7 @@ def prepare_inpaint(
         rows, columns: of tokens.
         image, mask_image, strength: see the pipeline.
         crop: region (left, top, right, bottom) to work on.
-        vae, processor, scheduler, sigmas, generator, device: as for image to image.
+        vae, processor, scheduler, sigmas, generator, attention_kwargs, device: as for image to image.
         mask_processor: resizes masks and cuts them at one half.
         latents: packed latents to start from; the noise in them is what the kept region gets too.
 
@@ -233,4 +234,5 @@ def prepare_inpaint(
         guidance_scale=text.guidance_scale,
         image_shapes=[(1, rows, columns)],
         keep=KeepRegion(mask=for_each_picture(mask, text, "mask_image"), clean=clean, noise=noise),
+        attention_kwargs=attention_kwargs or {},
     )
