@@ -135,8 +135,7 @@ def measure(
     pipe = evaluate.load(model, "diffusers_qwenimage", "float32", DEVICE)
     evaluate.load_trained(pipe, lora=None if full else weights, dit=weights if full else None)
     requests = evaluate.colour_requests(COLOUR, number)
-    captions = [request.caption.text for request in requests]
-    pictures = evaluate.draw(pipe, captions, steps=12, cfg=4.0, seed=0, batch=8)
+    pictures = evaluate.draw_requests(pipe, requests, steps=12, cfg=4.0, seed=0, batch=8)
     if grid is not None:
         Image.fromarray(np.concatenate(pictures[:8], axis=1)).save(grid)
     verdicts = evaluate.judged(pictures, requests, COLOUR)

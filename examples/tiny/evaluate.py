@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def main() -> None:
         requests = held_out_requests(args.number, args.captions_seed)
     else:
         requests = colour_requests(colour, args.number)
-    captions = [request.caption.text for request in requests]
-    pictures = draw(pipe, captions, steps=args.steps, cfg=args.cfg, seed=args.seed, batch=args.batch)
+    pictures = draw_requests(pipe, requests, steps=args.steps, cfg=args.cfg, seed=args.seed, batch=args.batch)
     seconds = time.monotonic() - started
     verdicts = judged(pictures, requests, colour)
     report(requests, verdicts)
@@ -182,6 +182,17 @@ def draw(
         ).images
         pictures += [np.asarray(image.convert("RGB")) for image in images]
     return np.stack(pictures)
+
+
+def draw_requests(
+    pipe: Any, requests: list[Request], *, steps: int, cfg: float, seed: int, batch: int
+) -> NDArray[np.uint8]:
+    """Their pictures; seeds begin anew with the known colours."""
+    pictures = []
+    for _, group in groupby(requests, key=lambda request: request.colours):
+        captions = [request.caption.text for request in group]
+        pictures.append(draw(pipe, captions, steps=steps, cfg=cfg, seed=seed, batch=batch))
+    return np.concatenate(pictures)
 
 
 def summarise(requests: list[Request], verdicts: list[Verdict]) -> dict[str, Any]:

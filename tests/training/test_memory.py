@@ -5,10 +5,11 @@ import weakref
 
 import pytest
 import torch
+from offload_cases import transformer, transformer_inputs
 from training_data import config, make_trainer
 
 from diffusers_qwenimage.kernels import use_backend
-from diffusers_qwenimage.offload import plan_stream, streamed
+from diffusers_qwenimage.offload import fetched_bytes, plan_stream, streamed
 from diffusers_qwenimage.quantize import quantize_
 from diffusers_qwenimage.quantize.layers import QuantizedLinear
 from diffusers_qwenimage.training.cache import Encoders, TensorCache
@@ -16,7 +17,7 @@ from diffusers_qwenimage.training.memory import UNITS, WORKING_UNITS, plan_keep,
 from diffusers_qwenimage.training.models import find_models
 from diffusers_qwenimage.training.modulation import ModulationRows, TabulatedLinear
 from diffusers_qwenimage.training.plan import Slot
-from diffusers_qwenimage.training.trained import copy_mapped_
+from diffusers_qwenimage.training.trained import add_adapter_, copy_mapped_, place_base_
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,23 @@ def test_streaming_the_base_is_bit_equal(workplace, monkeypatch, checkpointing, 
         assert_equal(found, expected)
         trainer.learner.optimizer.zero_grad()
         assert_equal(loss_and_gradients(trainer), expected)
+
+
+def test_a_base_in_bf16_is_copied_packed(monkeypatch):
+    for name in ("RESERVE", "WORKING_UNITS", "TEXT_TOKENS"):
+        monkeypatch.setattr(f"diffusers_qwenimage.training.memory.{name}", 0)
+    model = transformer(torch.bfloat16, num_layers=8)
+    settings = {"dtype": "bfloat16", "modulation_table": False, "gradient_checkpointing": "full"}
+    add_adapter_(model, config(**settings), torch.float32)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    enough = plan_stream(model, None, on_call=(), split=False).smallest_overlapping_bytes
+    limit = (1.05 * enough + 4 * trained) / 2**30
+    place_base_(model, config(**settings, vram_limit=limit), torch.device("cpu"), [(16, 16)])
+    plan = streamed(model)
+    assert plan is not None and plan.num_slots > 1
+    with torch.no_grad():
+        model(**transformer_inputs(torch.bfloat16))
+    assert 0 < fetched_bytes(model) < plan.streamed_bytes
 
 
 def test_a_text_encoder_that_streams_encodes_the_same_and_goes(workplace):
