@@ -15,8 +15,8 @@ from .layout import Layout
 from .memory import HostMemory, HostSlab
 from .ring import Feeder, Slot, Unit
 
-NUM_BUFFERS = 4
-BUFFER_BYTES = 32 * 2**20  # small: it is pinned before the first block comes
+NUM_BUFFERS = 3
+BUFFER_BYTES = 64 * 2**20  # small: they are pinned before the first block comes
 
 
 def buffer_bytes(largest: int) -> int:
