@@ -132,10 +132,11 @@ def test_a_base_in_bf16_is_copied_packed(monkeypatch):
     assert 0 < fetched_bytes(model) < plan.streamed_bytes
 
 
-def test_a_text_encoder_that_streams_encodes_the_same_and_goes(workplace):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_text_encoder_that_streams_encodes_the_same_and_goes(workplace, device):
     """On a card of 16 GB the text encoder (16.6 GB in bf16) has to, before the first step."""
     files = find_models(config())
-    kinds = {"dtype": torch.float32, "device": torch.device("cpu")}
+    kinds = {"dtype": torch.float32, "device": torch.device(device)}
     whole = Encoders(files, TensorCache(None), **kinds)
     copy_mapped_(whole.text_encoder)  # products on a CPU depend on how memory is aligned
     budget = plan_stream(whole.text_encoder, 2**30).smallest_overlapping_bytes
