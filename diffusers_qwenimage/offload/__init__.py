@@ -8,6 +8,7 @@
 |---|---|
 | stream.py | `stream`, `unstream`, `streamed` |
 | adopt.py | `adopt`: weights from files straight to where they will live |
+| stored.py | whether weights are stored as they are used |
 | empty.py | modules on the meta device: what their tensors shall be, and hanging them in |
 | plan.py | what stays on the device and what streams, for a budget |
 | survey.py | the blocks of a module, and the rest |

@@ -36,6 +36,7 @@ from .plan import Placement, Source, StreamPlan, Surveys, make_plan
 from .reading import Files, Piece, cut, runs_of
 from .ring import Unit
 from .state import Streaming
+from .stored import check_as_used, in_files_as_used, is_as_used
 from .stream import device_of
 from .survey import Group, Member
 
@@ -99,7 +100,7 @@ def adopt(
         surveys=surveys,
     )
     if source == "mapped":
-        _check_unchanged(module, placement, scaled)
+        check_as_used(placement, scaled)
 
     def place(placement: Placement, device: torch.device, progress: Progress) -> list[Unit]:
         return _Adoption(module, placement, device, progress, may_wait=pinner is not None).run(scaled)
@@ -222,23 +223,13 @@ class _Adoption:
         for block, resident, streamed in rows:
             self._add_slab(block.name, block.small, resident=True)
             self._add_slab(block.name, resident, resident=True)
-            if mapped or (self._may_wait and self._can_wait(streamed, scaled)):
+            if mapped or (self._may_wait and in_files_as_used(self._module, streamed, scaled)):
                 keys = {m.key: m for group in streamed for m in group}
                 self._stays.update(keys)
                 self._streams.update(keys)
             elif streamed:
                 self._add_slab(block.name, streamed, resident=False)
         self._stays.update({m.key: m for group in parts.on_host for m in group})
-
-    def _can_wait(self, groups: Sequence[Group], scaled: ScaledCheckpoint) -> bool:
-        """Whether all of these are in files, as they are used."""
-        for key in (member.key for group in groups for member in group):
-            stored = scaled.weights.tensors.get(key)
-            if stored is None or stored.value is not None or key in scaled.rotations:
-                return False
-            if not self._is_as_wanted(key, DTYPES.get(stored.entry.dtype), key in scaled.scales):
-                return False
-        return True
 
     def _add_slab(self, name: str, groups: Sequence[Group], *, resident: bool) -> None:
         layout, members = layout_for(groups)
@@ -295,9 +286,7 @@ class _Adoption:
                     self._put(key, value)
 
     def _is_as_wanted(self, name: str, dtype: torch.dtype | None, is_scaled: bool) -> bool:
-        if dtype is None or is_scaled or is_quantised(self._module, name):
-            return False
-        return dtype == wanted_type(self._module, name) or not dtype.is_floating_point
+        return is_as_used(self._module, name, dtype, is_scaled=is_scaled)
 
     def _converted(self, name: str, tensor: Tensor, scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """A stored tensor as what the module holds for it: itself, or a quantised weight and its scales."""
@@ -404,24 +393,6 @@ class _Adoption:
                 homes = [member.tensor.detach() for member in members]
                 found.append(Unit(name=block.name, members=members, layout=layout, homes=homes, slab=None))
         return found
-
-
-def _check_unchanged(module: nn.Module, placement: Placement, scaled: ScaledCheckpoint) -> None:
-    """Weights that stay in the file must be of the module's type there.
-
-    Raises:
-        ValueError: if one is not.
-    """
-    for groups in placement.streamed:
-        for member in (member for group in groups for member in group):
-            stored = scaled.weights.tensors.get(member.key)
-            dtype = stored and DTYPES.get(stored.entry.dtype)
-            if member.key in scaled.scales or dtype != member.tensor.dtype:
-                raise ValueError(
-                    f"{member.key} is stored as {stored.entry.dtype if stored else 'nothing'} and needed "
-                    f"as {member.tensor.dtype}: it cannot be used from the mapped file as it is. Take "
-                    'source="pinned", or a checkpoint of that type.'
-                )
 
 
 def _flat(tensor: Tensor) -> Tensor:
