@@ -74,9 +74,10 @@ def place_existing(
                 jobs.append(pool.submit(_leave, block.name, streamed))
             else:
                 jobs.append(pool.submit(_place_streamed, block.name, streamed, memory, progress))
-            if leaves:  # old slabs go before new ones come, and not a part of each stays behind
+            if leaves:  # old slabs go before new ones come
                 jobs[-1].result()
-                torch.cuda.empty_cache()
+            if leaves or _on_device((*block.small, *resident), device):
+                torch.cuda.empty_cache()  # else smaller slabs would lie in larger ones, which stay then
             # In two slabs: small tensors outlive the others when layers are replaced.
             _place_resident(block.small, device, progress)
             _place_resident(resident, device, progress)

@@ -246,6 +246,8 @@ class VramManager:
         if parts.vae is not None:
             if plan.vae_stays:
                 parts.vae.to(self.device)
+            elif bytes_on(parts.vae, self.device):  # of an earlier plan
+                parts.vae.to("cpu")
             self._hold_vae(parts.vae)
         _give_cache_back(self.device)
 
@@ -374,11 +376,11 @@ def available_bytes(parts: Parts, device: torch.device) -> int:
 def _is_placed(module: nn.Module, plan: StreamPlan) -> bool:
     """Whether a module streams as planned; its own budget may be another as long as it comes to the same."""
     now = streamed(module)
-    return now is not None and (now.blocks, now.num_slots, now.source) == (
-        plan.blocks,
-        plan.num_slots,
-        plan.source,
-    )
+    return now is not None and _placing(now) == _placing(plan)
+
+
+def _placing(plan: StreamPlan) -> tuple[object, ...]:
+    return plan.blocks, plan.num_slots, plan.source, set(plan.on_call)
 
 
 def _streaming(parts: Parts) -> list[Any]:

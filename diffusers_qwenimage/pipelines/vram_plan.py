@@ -15,7 +15,7 @@ are on the device, and each fits the budget. Sizes in bytes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -365,7 +365,7 @@ class _Planner:
         smallest: int,
     ) -> PipelinePlan:
         decode = self._peak_of_decoding(tile) - self._vae_bytes
-        return PipelinePlan(
+        plan = PipelinePlan(
             budget=budget,
             demand=self._demand,
             transformer=transformer,
@@ -382,6 +382,9 @@ class _Planner:
             frugal=self._frugal,
             smallest_bytes=smallest,
         )
+        together = decode * self._demand.pictures  # else one after the other
+        fits = budget is None or plan.peaks["decode"] - decode + together <= budget
+        return replace(plan, decode_bytes=together) if tile is None and fits else plan
 
 
 def compute_dtype(parts: Parts) -> torch.dtype:
