@@ -7,7 +7,7 @@
 The module is on the meta device. Several threads read: what streams goes from the file into the pinned slab
 of its block, what stays goes to the device through a small pinned buffer, and weights of quantised layers are
 quantised on the device on their way. What is only used on call stays in the mapped file, as does what streams
-with `source="mapped"`.
+with `source="mapped"`, and with a `Pinner` until that has pinned it.
 """
 
 import threading
