@@ -26,6 +26,8 @@ DECODE_WIDTHS = 21.5
 FUSED_DECODE_WIDTHS = 3.5  # measured: 2.3, by the fused path
 BLEND_BYTES = 48  # per picture pixel of a tiled decode: sum and weights in fp32, and the result
 TEXT_WIDTHS = 12.0
+TEMPLATE_TOKENS = 64  # around a prompt
+LEAST_PROMPT_TOKENS = 512  # are planned for
 WORKSPACE = 64 * 2**20  # of cuBLAS and the attention kernels
 TILE_SIDES = (192, 160, 128, 112, 96, 80, 64, 48, 32)  # latent pixels
 TILE_OVERLAP = 0.25
@@ -123,8 +125,9 @@ def tabulate_bytes(transformer: Any, demand: Demand, dtype: torch.dtype) -> int:
     return 2 * _table_bytes(transformer, demand, dtype) + visiting
 
 
-def encode_text_bytes(text_encoder: Any, *, tokens: int = 512) -> int:
-    """Of a prompt's pass through the language model."""
+def encode_text_bytes(text_encoder: Any, demand: Demand) -> int:
+    """Of a pass through the language model, of all prompts together: those of one length are."""
+    tokens = max(LEAST_PROMPT_TOKENS, demand.pictures * (demand.text_tokens + TEMPLATE_TOKENS))
     config = getattr(text_encoder.config, "text_config", text_encoder.config)
     wide = 3 * config.intermediate_size + TEXT_WIDTHS * config.hidden_size
     activations = int(tokens * wide * 2)

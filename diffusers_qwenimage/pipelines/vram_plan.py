@@ -196,7 +196,7 @@ class _Planner:
         self._denoise = self._tabulate = 0
         self._frugal = False
         self.save_memory(False)
-        self._encode = encode_text_bytes(parts.text_encoder) if parts.text_encoder is not None else 0
+        self._encode = encode_text_bytes(parts.text_encoder, demand) if parts.text_encoder is not None else 0
         self._surveys: dict[str, Surveys] = {}
         self._plans: dict[tuple[str, int | None], StreamPlan] = {}
 
