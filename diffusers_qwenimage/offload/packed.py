@@ -87,6 +87,7 @@ def pack_streamed(module: nn.Module) -> int:
 
     Raises:
         ValueError: if the module streams with fewer than two slots, or from mapped files.
+        RuntimeError: during a visit to a block.
     """
     state = state_of(module)
     if state is None:
@@ -96,7 +97,7 @@ def pack_streamed(module: nn.Module) -> int:
             f"{type(module).__name__} streams from {state.placement.plan.source} memory with "
             f"{len(state.slots)} slot(s); packed weights need pinned memory and two slots. Raise vram_limit."
         )
-    assert all(unit.slab is not None for unit in state.units), "weights are still to be pinned"
+    state.finish_pinning()
     memory = HostMemory(state.device)
     fitting = [unit for unit in state.units if _can_be_packed(unit)]
 
@@ -117,9 +118,8 @@ def pack_streamed(module: nn.Module) -> int:
 
 
 def _report(state: Streaming) -> None:
-    plain = [unit.name for unit in state.units if unit.packed is None]
-    if plain:
-        logger.info("Copied as they are, since packing would gain nothing: %s.", ", ".join(plain))
+    packed = sum(unit.packed is not None for unit in state.units)
+    logger.info("%d of %d blocks are copied packed.", packed, len(state.units))
 
 
 def _can_be_packed(unit: Unit) -> bool:
