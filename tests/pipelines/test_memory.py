@@ -14,9 +14,10 @@ from model_files import write_model
 from torch import nn
 
 from diffusers_qwenimage import QwenImageImg2ImgPipeline, QwenImagePipeline
-from diffusers_qwenimage.offload import streamed
+from diffusers_qwenimage.offload import plan_stream, stream, streamed
 from diffusers_qwenimage.pipelines.needs import Demand
-from diffusers_qwenimage.pipelines.vram import VramManager
+from diffusers_qwenimage.pipelines.text_survey import text_encoder_surveys
+from diffusers_qwenimage.pipelines.vram import VramManager, _is_placed
 
 GIB = 2**30
 CALL = {"negative_prompt": " ", "height": 32, "width": 48, "num_inference_steps": 2, "seed": 1}
@@ -238,6 +239,17 @@ def test_a_larger_picture_is_planned_anew_and_a_smaller_one_is_not(folder: Path)
     assert second.peaks["denoise"] > first.peaks["denoise"]
     draw(pipe, height=16, width=16, num_inference_steps=1)
     assert pipe.memory_report().peaks == second.peaks
+
+
+def test_embeddings_leave_where_memory_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though all layers stay as they are, the module is to be placed anew."""
+    monkeypatch.setattr("diffusers_qwenimage.offload.survey.LARGE_BYTES", 1)
+    encoder = load(folder).text_encoder
+    surveys = text_encoder_surveys(encoder)
+    whole = stream(encoder, device="cpu", surveys=surveys)
+    less = plan_stream(encoder, whole.device_bytes - 1, device="cpu", surveys=surveys)
+    assert less.blocks == whole.blocks and less.num_slots == whole.num_slots == 0
+    assert _is_placed(encoder, whole) and not _is_placed(encoder, less)
 
 
 def test_small_pictures_can_be_planned_for(folder: Path, expected: np.ndarray) -> None:

@@ -134,6 +134,14 @@ def test_what_the_transformer_leaves_holds_the_text_encoder(model: Parts) -> Non
     assert of_text[0] > of_text[1] > of_text[2] > of_text[3] == 0
 
 
+def test_pictures_are_decoded_together_where_that_fits(model: Parts) -> None:
+    one, four = (Demand(rows=64, columns=64, pictures=number) for number in (1, 4))
+    alone, together = (plan_pipeline(model, None, demand, device="cuda:0") for demand in (one, four))
+    assert together.decode_bytes == 4 * alone.decode_bytes
+    short = plan_pipeline(model, together.peak_bytes - 1, four, device="cuda:0")
+    assert short.decode_bytes <= alone.decode_bytes and short.peak_bytes < together.peak_bytes
+
+
 def test_fused_paths_need_less(model: Parts) -> None:
     demand = Demand(rows=64, columns=64)
     fused, plain = (
