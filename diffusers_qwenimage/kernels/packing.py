@@ -139,21 +139,34 @@ def unpack_reference(packed: Packed, memory: Tensor, out: Tensor) -> None:
 
 if triton_is_installed():
 
+    @triton.jit
+    def _unpack_half(low_ptr, out_ptr, codes, base, count, HALF: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = tl.arange(0, HALF)
+        if MASKED:
+            low = tl.load(low_ptr + column, mask=column < count, other=0).to(tl.int32)
+        else:
+            low = tl.load(low_ptr + column).to(tl.int32)
+        word = (((low & 128) << 8) | ((base + codes) << 7) | (low & 127)).to(tl.int16)
+        if MASKED:
+            tl.store(out_ptr + column, word, mask=column < count)
+        else:
+            tl.store(out_ptr + column, word)
+
     @triton.jit(do_not_specialize=["num_words"])
     def _unpack_kernel(  # type: ignore[no-untyped-def]
         low_ptr, codes_ptr, bases_ptr, out_ptr, num_words, HALF: tl.constexpr
     ):
         chunk = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, HALF)
         base = tl.load(bases_ptr + chunk).to(tl.int32)
-        codes = tl.load(codes_ptr + chunk * HALF + column).to(tl.int32)
-        for half in tl.static_range(2):
-            at = (chunk * 2 + half) * HALF + column
-            inside = at < num_words
-            low = tl.load(low_ptr + at, mask=inside, other=0).to(tl.int32)
-            exponent = base + ((codes >> (4 * half)) & 15)
-            word = ((low & 128) << 8) | (exponent << 7) | (low & 127)
-            tl.store(out_ptr + at, word.to(tl.int16), mask=inside)
+        codes = tl.load(codes_ptr + chunk * HALF + tl.arange(0, HALF)).to(tl.int32)
+        first = chunk * 2 * HALF
+        second = first + HALF
+        if second + HALF <= num_words:  # without masks, several words are loaded and stored at a time
+            _unpack_half(low_ptr + first, out_ptr + first, codes & 15, base, 0, HALF, False)
+            _unpack_half(low_ptr + second, out_ptr + second, codes >> 4, base, 0, HALF, False)
+        else:
+            _unpack_half(low_ptr + first, out_ptr + first, codes & 15, base, num_words - first, HALF, True)
+            _unpack_half(low_ptr + second, out_ptr + second, codes >> 4, base, num_words - second, HALF, True)
 
     @triton.jit(do_not_specialize=["num_listed"])
     def _list_kernel(  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ CODE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from diffusers_qwenimage.kernels import int8, norm, norm_backward, quantized, rope
+from diffusers_qwenimage.kernels import int8, norm, norm_backward, packing, quantized, rope
 
 BF16, I32, F32, FP8, INT8 = "*bf16", "*i32", "*fp32", "*fp8e4nv", "*i8"
 NORM = dict(D=3072, BLOCK=4096, HAS_GATE=True, HAS_NORM=True)
@@ -26,6 +26,8 @@ def kernels(has_fp8):
         pointers = [INT8, F32, INT8, F32, BF16, BF16]
         options = {"num_warps": 8, "num_stages": 3}
         yield int8._int8_kernel, [*pointers, "i32"], {**INT8_SIZES, **tile}, options
+    words = ["*u8", "*u8", "*u8", "*i16", "i32"]
+    yield packing._unpack_kernel, words, dict(HALF=1024), {"num_warps": 4}
     backward = dict(D=3072, BLOCK=4096, HAS_GATE=True, HAS_NORM=True, HAS_TOTAL=True)
     yield norm_backward._kernel, [*[BF16] * 8, F32, "i32", "i32", "fp32"], backward, {"num_warps": 8}
     for out, limit, rotation in ((BF16, 0.0, 0), (FP8, 448.0, 0), (INT8, 127.0, 256)):
@@ -65,4 +67,4 @@ def test_kernels_compile_without_a_gpu(capability):
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert len(lines) == (14 if capability >= 89 else 10) and not any("spilled" in line for line in lines)
+    assert len(lines) == (15 if capability >= 89 else 11) and not any("spilled" in line for line in lines)
