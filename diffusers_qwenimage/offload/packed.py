@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from diffusers_qwenimage.kernels.packing import pack, packed_bytes, unpack
-
 from .layout import Layout
 from .memory import HostMemory, HostSlab, device_slab
 from .ring import PackedSlab, Unit
@@ -50,6 +48,8 @@ class Workspace:
 
     def unpack(self, index: int, unit: Unit, copy: Tensor) -> None:
         """Write the weights of a unit here, from a copy of its packed slab."""
+        from diffusers_qwenimage.kernels.packing import unpack  # here, since it imports Triton
+
         assert unit.packed is not None
         if self._memory.numel() != self._num_bytes:
             self._memory = device_slab(self._num_bytes, self._memory.device)
@@ -59,6 +59,8 @@ class Workspace:
 
     def pack(self, unit: Unit, slab: HostSlab) -> PackedSlab | None:
         """The weights of a unit, packed by way of this place; None if that would not make them smaller."""
+        from diffusers_qwenimage.kernels.packing import pack
+
         memory = self._words(unit)
         memory.zero_()  # the gaps between tensors
         for view, home in zip(self.views(unit.layout), unit.homes, strict=True):
@@ -89,6 +91,8 @@ def pack_streamed(module: nn.Module) -> int:
         ValueError: if the module streams with fewer than two slots, or from mapped files.
         RuntimeError: during a visit to a block.
     """
+    from diffusers_qwenimage.kernels.packing import packed_bytes
+
     state = state_of(module)
     if state is None:
         return 0

@@ -12,16 +12,18 @@ of their bytes is compared then, and they are fetched again if it differs.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from diffusers_qwenimage.kernels.packing import Packed
 
 from .copy_lane import Lane, Mark
 from .layout import Layout
 from .memory import HostSlab, device_slab
 from .survey import Member
+
+if TYPE_CHECKING:  # it imports Triton
+    from diffusers_qwenimage.kernels.packing import Packed
 
 SAMPLES = 128  # bytes of each tensor that are compared
 
@@ -36,7 +38,7 @@ class PackedSlab:
         sample: of the weights when they were packed.
     """
 
-    words: Packed
+    words: "Packed"
     slab: HostSlab
     sample: list[Tensor]
 
