@@ -106,27 +106,18 @@ class QwenImageTransformerBlock(nn.Module):
         plan = None
         if not (torch.compiler.is_compiling() or joint_attention_kwargs or image_rotary_emb is None):
             plan = self._plan_now(image, text, modulation)
+        compute: Callable[..., tuple[Tensor, Tensor]]
         if plan is None:
-            image, text = self._plain(
-                image,
-                text,
-                text_mask=encoder_hidden_states_mask,
-                modulation=modulation,
-                tables=image_rotary_emb,
-                text_lengths=text_lengths,
-                num_target_tokens=num_target_tokens,
-                attention_kwargs=joint_attention_kwargs or {},
-            )
-            return text, image
-        from .fused import fused_block  # here, since it imports Triton
-        from .fused_parts import fused_in_parts
+            compute = partial(self._plain, attention_kwargs=joint_attention_kwargs or {})
+        else:
+            from .fused import fused_block  # here, since it imports Triton
+            from .fused_parts import fused_in_parts
 
-        in_parts = self.saves_memory or comes_in_parts(self)
-        fused: Callable[..., tuple[Tensor, Tensor]]
-        fused = fused_in_parts if in_parts else partial(fused_block, handover=handover)
-        image, text = fused(
-            self,
-            plan,
+            if self.saves_memory or comes_in_parts(self):
+                compute = partial(fused_in_parts, self, plan)
+            else:
+                compute = partial(fused_block, self, plan, handover=handover)
+        image, text = compute(
             image,
             text,
             text_mask=encoder_hidden_states_mask,
