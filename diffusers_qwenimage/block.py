@@ -350,8 +350,11 @@ def _spread(parameter_BRD: Tensor, image_BLD: Tensor, num_target_tokens: int | N
 
 
 def _per_token(parameter_B1D: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-    """Modulation per sample as something that broadcasts over the text tokens."""
+    """Modulation per sample as something that broadcasts over the text tokens.
+
+    From expanded rows: nothing is copied from the host, which a CUDA graph could not record.
+    """
     if lengths is None or parameter_B1D.shape[0] == 1:
         return parameter_B1D
-    repeats = torch.tensor(lengths, device=parameter_B1D.device)
-    return parameter_B1D[:, 0].repeat_interleave(repeats, dim=0, output_size=sum(lengths))[None]
+    rows = zip(parameter_B1D.unbind(), lengths, strict=True)
+    return torch.cat([row_1D.expand(length, -1) for row_1D, length in rows])[None]

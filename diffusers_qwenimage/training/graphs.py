@@ -149,6 +149,9 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             self._give_up("device memory ran out")
             return None
+        except RuntimeError as error:  # what is wrong with the step itself shows when it is launched
+            self._give_up(f"a part of them cannot be ({str(error).splitlines()[0]})")
+            return None
         finally:
             _set_gradients(self._parameters, [None] * len(self._parameters))
 

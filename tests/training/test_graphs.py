@@ -10,7 +10,14 @@ from diffusers_qwenimage.training.trainer import train
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "selective", "batch_size": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": "selective", "batch_size": 2},
+        {"dtype": "float32", "batch_size": 2},  # blocks take the plain path
+    ],
+)
 def test_recorded_steps_take_the_course_of_launched_ones_and_resume(workplace, monkeypatch, changes):
     (workplace / "data" / "metadata.csv").write_text(
         "image,prompt\n0.png,one\n1.png,two dots\n2.png,three\n3.png,four dots here\n", encoding="utf-8"
