@@ -18,7 +18,9 @@ from results import RESULTS, rows_of  # noqa: E402
 
 OUT = Path(__file__).with_name("speed.png")
 BESIDE = "1328x1328 forward beside eager peers"
-STOCK, OURS, LOSSY = "#9aa3ad", "#2f6fb3", "#7fb4e0"
+COMPILED = "1328x1328 forward beside compiled peers"
+PICTURE = "1328x1328, 8 steps with guidance"
+STOCK, OURS, STOCK_LOSSY, LOSSY = "#9aa3ad", "#2f6fb3", "#ccd2d8", "#7fb4e0"
 
 
 @dataclass(frozen=True)
@@ -35,29 +37,21 @@ PANELS: dict[str, list[Bar]] = {
     "Forward, 1328x1328 (ms)": [
         Bar("diffusers", "transformer", f"{BESIDE}, diffusers", STOCK),
         Bar("DiffSynth-Studio", "transformer", f"{BESIDE}, DiffSynth-Studio", STOCK),
+        Bar("diffusers, compiled", "transformer", f"{COMPILED}, diffusers, compiled", STOCK),
         Bar("ours, bf16", "transformer", f"{BESIDE}, ours, modulation tabulated", OURS),
+        Bar(
+            "torchao fp8, compiled",
+            "transformer",
+            f"{COMPILED}, diffusers + torchao float8, compiled",
+            STOCK_LOSSY,
+        ),
         Bar("ours, fp8", "transformer", f"{BESIDE}, ours, fp8, modulation tabulated, CUDA graph", LOSSY),
     ],
-    "Guided step, 1024x1024 (ms)": [
-        Bar("diffusers", "transformer", "1024x1024 step with guidance, diffusers (two forwards)", STOCK),
-        Bar(
-            "ours",
-            "transformer",
-            "1024x1024 step with guidance, ours (packed, modulation tabulated)",
-            OURS,
-        ),
-    ],
-    "Guided step, 512x512 (ms)": [
-        Bar("ours, launched", "graphs", "512x512 with guidance, step, launched", OURS),
-        Bar("ours, CUDA graph", "graphs", "512x512 with guidance, step, graphs", OURS),
-    ],
-    "Decoding, 1328x1328 (ms)": [
-        Bar("diffusers", "vae", "1328x1328 decode, diffusers", STOCK),
-        Bar("ours", "vae", "1328x1328 decode, ours, fused", OURS),
-    ],
-    "Encoding, 1328x1328 (ms)": [
-        Bar("diffusers", "vae", "1328x1328 encode, diffusers", STOCK),
-        Bar("ours", "vae", "1328x1328 encode, ours, fused", OURS),
+    "Picture, 1328x1328, 8 guided steps (s)": [
+        Bar("diffusers", "end_to_end", f"{PICTURE}, diffusers: picture", STOCK),
+        Bar("DiffSynth-Studio", "end_to_end", f"{PICTURE}, diffsynth: picture", STOCK),
+        Bar("diffusers, compiled", "end_to_end", f"{PICTURE}, diffusers, compiled: picture", STOCK),
+        Bar("ours", "end_to_end", f"{PICTURE}, ours: picture", OURS),
     ],
     "LoRA training step, 1024x1024, rank 32 (ms)": [
         Bar(
@@ -82,9 +76,26 @@ PANELS: dict[str, list[Bar]] = {
             "ours, without", "training", "1024x1024, rank 32, 60 blocks, ours, bf16, checkpointing none", OURS
         ),
     ],
-    "Picture, 1328x1328, 8 guided steps (s)": [
-        Bar("diffusers", "end_to_end", "1328x1328, 8 steps with guidance, diffusers: second picture", STOCK),
-        Bar("ours", "end_to_end", "1328x1328, 8 steps with guidance, ours, as loaded: second picture", OURS),
+    "Guided step, 1024x1024 (ms)": [
+        Bar("diffusers", "transformer", "1024x1024 step with guidance, diffusers (two forwards)", STOCK),
+        Bar(
+            "ours",
+            "transformer",
+            "1024x1024 step with guidance, ours (packed, modulation tabulated)",
+            OURS,
+        ),
+    ],
+    "Guided step, 512x512 (ms)": [
+        Bar("ours, launched", "graphs", "512x512 with guidance, step, launched", OURS),
+        Bar("ours, CUDA graph", "graphs", "512x512 with guidance, step, graphs", OURS),
+    ],
+    "Decoding, 1328x1328 (ms)": [
+        Bar("diffusers", "vae", "1328x1328 decode, diffusers", STOCK),
+        Bar("ours", "vae", "1328x1328 decode, ours, fused", OURS),
+    ],
+    "Encoding, 1328x1328 (ms)": [
+        Bar("diffusers", "vae", "1328x1328 encode, diffusers", STOCK),
+        Bar("ours", "vae", "1328x1328 encode, ours, fused", OURS),
     ],
 }
 
@@ -126,14 +137,22 @@ def draw(panels: dict[str, list[tuple[Bar, float]]], device: str, out: Path) -> 
     """One panel of horizontal bars for each comparison."""
     columns = 2
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 0.6 + 1.55 * rows), squeeze=False)
+    numbers = [len(bars) for bars in panels.values()]
+    heights = [max(numbers[row * columns : (row + 1) * columns]) for row in range(rows)]
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(10, 0.6 + 0.5 * rows + 0.3 * sum(heights)),
+        squeeze=False,
+        height_ratios=[height + 0.4 for height in heights],
+    )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (title, bars) in zip(axes.flat, panels.items(), strict=False):
+    for number, (axis, (title, bars)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
         labels = [bar.label for bar, _ in bars]
         values = [value for _, value in bars]
         axis.barh(labels, values, color=[bar.colour for bar, _ in bars], height=0.62)
-        axis.set_ylim(max(map(len, panels.values())) - 0.5, -0.5)  # bars of one height in all panels
+        axis.set_ylim(heights[number // columns] - 0.5, -0.5)  # bars of one height in all panels
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlim(0, 1.25 * max(values))
         axis.set_xticks([])
