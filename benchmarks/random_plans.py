@@ -11,10 +11,11 @@ the most in use with the budget. `--tiny` takes the embedded checkpoint, for dry
 """
 
 import argparse
+import gc
 import random
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +39,14 @@ SOURCES: tuple[Source, ...] = ("pinned", "mapped", "mapped")  # of one budget th
 
 
 def main() -> None:
-    """Make plans until there are enough, half of them in fp8."""
+    """Make plans until there are enough, the same number for each type of weights."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
     parser.set_defaults(blocks=3, layers=1)
     parser.add_argument("--tiny", action="store_true", help="use the embedded checkpoint instead")
+    parser.add_argument("--weights", nargs="+", default=["bf16", "fp8"], help="types, bf16 first (bf16 fp8)")
     parser.add_argument("--count", type=int, default=100, help="of plans that are not refused (100)")
     parser.add_argument("--seconds", type=float, default=600, help="end after so long (600)")
     args = parser.parse_args()
@@ -57,11 +59,14 @@ def main() -> None:
         shutil.rmtree(folder)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
     draw, start, seen = random.Random(0), time.perf_counter(), Seen()
-    for kind, share in (("bf16", 0.5), ("fp8", 1.0)):
+    for index, kind in enumerate(args.weights):
         if kind != "bf16":
             pipe.disable_vram_management(device)
+            pipe.transformer.to(device)
             quantize_(pipe.transformer, kind)
+        share = (index + 1) / len(args.weights)
         while seen.plans < share * args.count and time.perf_counter() - start < share * args.seconds:
+            gc.collect()  # modules and hooks refer to each other in circles
             one_plan(pipe, draw, device, kind, seen)
     for case, value, unit in seen.rows():
         record("random_plans", case, value, unit, path=args.results)
@@ -89,7 +94,7 @@ class Seen:
     def rows(self) -> list[tuple[str, float, str]]:
         """Cases, values and units for the table."""
         rows: list[tuple[str, float, str]] = [
-            ("plans (bf16 and fp8, 1 to 4 pictures of 256 to 1664 pixels)", self.plans, ""),
+            ("plans (1 to 4 pictures of 256 to 1664 pixels)", self.plans, ""),
             ("budgets refused", self.refused, ""),
         ]
         if self.beyond:
@@ -143,7 +148,7 @@ def one_plan(
         measured, reserved = make_picture(pipe, demand, device)
     except torch.OutOfMemoryError as error:
         seen.failed += 1
-        print(f"{told}: {error}", flush=True)
+        print(f"{told}: {error}\n  {report}\n  {live_blocks()}", flush=True)
         return
     finally:
         cap(device, None)
@@ -158,6 +163,13 @@ def one_plan(
             moments.append(f"{name} {value / GIB:.3f} of {expected:.3f}")
         told += f": {reserved / GIB + context:.2f} in use; {', '.join(moments)}"
     print(told, flush=True)
+
+
+def live_blocks() -> str:
+    """The largest pieces of memory that are in use, in MiB, and how many of each size."""
+    blocks = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+    sizes = Counter(block["size"] >> 20 for block in blocks if block["state"].startswith("active"))
+    return ", ".join(f"{count} x {size}" for size, count in sorted(sizes.items(), reverse=True)[:12])
 
 
 def expected_bytes(report: MemoryReport, moment: str) -> int:

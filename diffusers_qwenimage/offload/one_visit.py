@@ -47,16 +47,16 @@ def passing(modules: Sequence[Module], device: torch.device) -> Iterator[Module]
         slots.append(Slot(memory=device_slab(size, device), ready=lane.mark(), free=lane.mark()))
         lane.reach(slots[-1].free)
     feeder = MappedFeeder(lane, units, device)
+    ring = Ring(units, [range(len(units))], slots, feeder=feeder, lane=lane, again=False)
+    visits = Visits(units, modules, ring, device, aside=())
     try:
-        ring = Ring(units, [range(len(units))], slots, feeder=feeder, lane=lane, again=False)
-        visits = Visits(units, modules, ring, device, aside=())
         for index, module in enumerate(modules):
             visits.enter(index)
             try:
                 yield module
             finally:
                 visits.leave()
-        visits.close()
     finally:
         feeder.stop()
         lane.drain()
+        visits.close()

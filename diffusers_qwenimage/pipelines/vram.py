@@ -245,6 +245,7 @@ class VramManager:
             parts.transformer.save_memory(plan.frugal)
         if parts.vae is not None:
             if plan.vae_stays:
+                _give_cache_back(self.device)  # else its tensors keep parts of what was large
                 parts.vae.to(self.device)
             elif bytes_on(parts.vae, self.device):  # of an earlier plan
                 parts.vae.to("cpu")
