@@ -286,19 +286,8 @@ class Streaming:
         aside = set(map(id, self.placement.survey.on_call.values()))
         aside |= set(map(id, self.placement.survey.gathered.values()))
         known = {id(member.tensor) for member in members_of(self._module, "")}
-
-        def bring(module: nn.Module) -> None:
-            if id(module) in aside:
-                return
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and id(tensor) not in known:
-                    tensor.data = tensor.data.to(self.device)
-            for child in module._modules.values():
-                if child is not None:
-                    bring(child)
-
         with torch.no_grad():
-            bring(self._module)
+            _bring(self._module, aside, known, self.device)
 
 
 class _Enter:
@@ -351,3 +340,19 @@ def _hooks_changed(module: nn.Module) -> None:
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
         registry.invalidate_child_registries_cache()
+
+
+def _bring(module: nn.Module, aside: set[int], known: set[int], device: torch.device) -> None:
+    """Tensors of a module that are not `known` to a device, but for modules `aside`; both by their ids.
+
+    No function inside of a method: that would refer to itself, and keep all weights that its state names
+    until Python collects cycles.
+    """
+    if id(module) in aside:
+        return
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and id(tensor) not in known:
+            tensor.data = tensor.data.to(device)
+    for child in module._modules.values():
+        if child is not None:
+            _bring(child, aside, known, device)

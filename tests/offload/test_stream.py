@@ -359,3 +359,20 @@ def test_the_device_is_the_gpu_or_else_the_cpu():
     model = transformer()
     plan = stream(model, vram_limit=limit_of(model, 0.0))
     assert torch.device(plan.device).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_layers_that_are_replaced_go_at_once():
+    """Nothing that streaming has left keeps old weights, on the device too, until Python collects cycles."""
+    model = transformer()
+    stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
+    unstream(model)
+    weights = [weakref.ref(block.attn.to_q.weight) for block in model.transformer_blocks]
+    gc.collect()
+    gc.disable()
+    try:
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
+        unstream(model)
+        quantize_(model, "fp8")
+        assert [weight() for weight in weights] == [None] * NUM_BLOCKS
+    finally:
+        gc.enable()
