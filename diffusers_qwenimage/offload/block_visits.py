@@ -157,7 +157,7 @@ class Visits:
     def close(self) -> None:
         """Let go of all memory: hooks that were removed may live until Python collects cycles."""
         self.settle()
-        self._units, self._modules, self.workspace = (), (), None
+        self._units, self._modules, self.workspace, self._pinning = (), (), None, None
         self._ring.close()
 
     @contextmanager

@@ -108,6 +108,10 @@ class MappedFeeder(Feeder):
             buffer.slab.unpin()
         self._buffers.clear()
 
+    def forget(self) -> None:
+        """Let go of all units."""
+        self._last.clear()
+
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             try:

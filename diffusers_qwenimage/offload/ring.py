@@ -155,6 +155,9 @@ class Feeder:
     def stop(self) -> None:
         """Finish; nothing is started afterwards."""
 
+    def forget(self) -> None:
+        """Let go of all units."""
+
 
 class Ring:
     """Slots, and what is known of the order of visits.
@@ -237,6 +240,7 @@ class Ring:
         """Let go of units and slots; nothing is borrowed afterwards."""
         for slot in self._slots:
             slot.empty()
+        self._feeder.forget()
         self._units, self._slots = (), ()
 
     def rest(self) -> None:

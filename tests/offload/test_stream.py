@@ -361,16 +361,16 @@ def test_the_device_is_the_gpu_or_else_the_cpu():
     assert torch.device(plan.device).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_layers_that_are_replaced_go_at_once():
+@pytest.mark.parametrize("source", ["pinned", "mapped"])
+def test_layers_that_are_replaced_go_at_once(source):
     """Nothing that streaming has left keeps old weights, on the device too, until Python collects cycles."""
     model = transformer()
-    stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
-    unstream(model)
     weights = [weakref.ref(block.attn.to_q.weight) for block in model.transformer_blocks]
     gc.collect()
     gc.disable()
     try:
-        stream(model, device="cpu", vram_limit=limit_of(model, 0.4))
+        stream(model, device="cpu", vram_limit=limit_of(model, 0.4), source=source)
+        run(model, transformer_inputs())
         unstream(model)
         quantize_(model, "fp8")
         assert [weight() for weight in weights] == [None] * NUM_BLOCKS
